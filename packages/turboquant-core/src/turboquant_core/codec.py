@@ -1,0 +1,158 @@
+"""Everything that turns a vector into bytes and back: layout, rotation signs, codebook, scale rule, key centre."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .codebook import format_codebook
+from .errors import LayoutError
+from .layout import PageLayout, RawLayout, VectorLayout
+from .rotation import rotation_signs
+from .scale import ScaleRule, check_scale_rule
+
+KEY_STREAM = 0
+VALUE_STREAM = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How one kind of vector (keys or values of a layer) is coded.
+
+    Attributes:
+        layout: where the bytes lie.
+        signs: float32 ``[head_dim]``, +-1, the random diagonal of the rotation.
+        levels: float32 ``[2**bits]``, ascending, for a coordinate of unit variance.
+        boundaries: float32 ``[2**bits - 1]``, midpoints of the levels; a coordinate on a boundary takes the lower code.
+        scale_rule: how the stored scale is chosen (:mod:`turboquant_core.scale`).
+        center: float32 ``[kv_heads, head_dim]`` subtracted before the rotation, or None. Softmax does not
+            change when every key of a row loses the same vector, so attention never adds it back.
+    """
+
+    layout: VectorLayout
+    signs: Tensor
+    levels: Tensor
+    boundaries: Tensor
+    scale_rule: ScaleRule
+    center: Tensor | None = None
+
+    @classmethod
+    def create(
+        cls,
+        layout: VectorLayout,
+        *,
+        seed: int = 42,
+        stream: int = KEY_STREAM,
+        scale_rule: ScaleRule = "unbiased",
+        center: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Codec:
+        """Build the format's codec for ``layout``.
+
+        Args:
+            layout: the packed vector.
+            seed: rotation seed, in [0, 2**64).
+            stream: 0 for keys, 1 for values, so that the two have independent signs.
+            scale_rule: see :mod:`turboquant_core.scale`.
+            center: ``[kv_heads, head_dim]`` float, or None.
+            device: where the tensors live.
+
+        Raises:
+            LayoutError: no Hadamard matrix of order ``head_dim`` is known.
+            ValueError: unknown scale rule, or ``center`` has another shape.
+        """
+        check_scale_rule(scale_rule)
+        _check_center(center, layout.head_dim)
+        codebook = format_codebook(layout.form, layout.bits)
+        levels, boundaries = codebook.tensors(device)
+        return cls(
+            layout=layout,
+            signs=rotation_signs(layout.head_dim, seed=seed, stream=stream, device=device),
+            levels=levels,
+            boundaries=boundaries,
+            scale_rule=scale_rule,
+            center=None if center is None else center.to(device=device, dtype=torch.float32),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the codec's tensors."""
+        return self.signs.device
+
+    def to(self, device: torch.device | str) -> Codec:
+        """The same codec with its tensors on ``device``."""
+        center = None if self.center is None else self.center.to(device)
+        return replace(
+            self,
+            signs=self.signs.to(device),
+            levels=self.levels.to(device),
+            boundaries=self.boundaries.to(device),
+            center=center,
+        )
+
+
+def _check_center(center: Tensor | None, head_dim: int) -> None:
+    if center is None:
+        return
+    if center.dim() != 2 or center.shape[-1] != head_dim or not center.is_floating_point():
+        raise ValueError(
+            f"center is {center.dtype} {tuple(center.shape)}; it must be float [kv_heads, head_dim = {head_dim}]"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCodec:
+    """Codecs of a layer's pages.
+
+    Attributes:
+        layout: the page.
+        key: codec of the keys.
+        value: codec of the values; None when the layout keeps values in full precision.
+    """
+
+    layout: PageLayout
+    key: Codec
+    value: Codec | None
+
+    @classmethod
+    def create(
+        cls,
+        layout: PageLayout,
+        *,
+        seed: int = 42,
+        key_scale: ScaleRule = "unbiased",
+        value_scale: ScaleRule = "least_squares",
+        center: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> CacheCodec:
+        """Build the codecs of ``layout``.
+
+        Args:
+            layout: the page.
+            seed: rotation seed, in [0, 2**64).
+            key_scale: scale rule of keys; unbiased inner products matter there.
+            value_scale: scale rule of values; reconstruction matters there.
+            center: float ``[kv_heads, head_dim]`` subtracted from every key, or None.
+            device: where the tensors live.
+
+        Raises:
+            LayoutError: a head_dim has no known Hadamard matrix, or ``center`` does not fit ``kv_heads``.
+            ValueError: unknown scale rule.
+        """
+        if center is not None and center.shape[0] != layout.kv_heads:
+            raise LayoutError(f"center has {center.shape[0]} rows; the layout has kv_heads = {layout.kv_heads}")
+        key = Codec.create(
+            layout.key, seed=seed, stream=KEY_STREAM, scale_rule=key_scale, center=center, device=device
+        )
+        value = None
+        if not isinstance(layout.value, RawLayout):
+            value = Codec.create(
+                layout.value, seed=seed, stream=VALUE_STREAM, scale_rule=value_scale, device=device
+            )
+        return cls(layout=layout, key=key, value=value)
+
+    def to(self, device: torch.device | str) -> CacheCodec:
+        """The same codecs with their tensors on ``device``."""
+        return replace(self, key=self.key.to(device), value=None if self.value is None else self.value.to(device))

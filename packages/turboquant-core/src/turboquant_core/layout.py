@@ -1,0 +1,183 @@
+"""Where every packed byte lies: the one place that computes sizes (normative text: ``docs/layout.md``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from .errors import LayoutError
+
+LAYOUT_VERSION = 1
+"""Changes whenever the same vector and codec give different bytes."""
+
+BITS = (2, 3, 4)
+FORMS = ("int8", "cubic")
+SCALE_BYTES = 2
+PAGE_SIZE_MULTIPLE = 16
+HEAD_DIM_MULTIPLE = 8
+MAX_HEAD_DIM = 1024
+
+Form: TypeAlias = Literal["int8", "cubic"]
+"""How levels are produced at read time: ``int8`` (byte lookup, keys) or ``cubic`` (half-precision polynomial, values)."""
+
+
+def _check_head_dim(head_dim: int, multiple: int) -> None:
+    if head_dim % multiple or not multiple <= head_dim <= MAX_HEAD_DIM:
+        raise LayoutError(
+            f"head_dim is {head_dim}; the layout packs multiples of {multiple} up to {MAX_HEAD_DIM}: "
+            "keep layers of other sizes uncompressed"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VectorLayout:
+    """One packed vector: a code row of ``code_bytes`` bytes and one fp16 scale.
+
+    Args:
+        head_dim: coordinates of the vector, a multiple of 8 in [8, 1024].
+        bits: code width of a coordinate: 2, 3 or 4.
+        form: codebook form, ``"int8"`` or ``"cubic"``; it also decides the sign placement at 4 bits.
+        version: layout version the bytes follow.
+
+    Raises:
+        LayoutError: a field is outside the set above.
+    """
+
+    head_dim: int
+    bits: int
+    form: Form
+    version: int = LAYOUT_VERSION
+
+    def __post_init__(self) -> None:
+        _check_head_dim(self.head_dim, HEAD_DIM_MULTIPLE)
+        if self.bits not in BITS:
+            raise LayoutError(f"bits is {self.bits!r}; the packed layout has {BITS}: choose one of them")
+        if self.form not in FORMS:
+            raise LayoutError(f"form is {self.form!r}; the packed layout has {FORMS}: choose one of them")
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the code row."""
+        return self.head_dim * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scale."""
+        return SCALE_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes of one vector."""
+        return self.code_bytes + self.scale_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RawLayout:
+    """One vector kept in full precision (values when ``compress_v=False``).
+
+    Args:
+        head_dim: coordinates of the vector.
+        itemsize: bytes of a coordinate: 2 (fp16, bf16) or 4 (fp32).
+
+    Raises:
+        LayoutError: ``head_dim`` or ``itemsize`` is outside its range.
+    """
+
+    head_dim: int
+    itemsize: int = 2
+    version: int = LAYOUT_VERSION
+
+    def __post_init__(self) -> None:
+        _check_head_dim(self.head_dim, HEAD_DIM_MULTIPLE)
+        if self.itemsize not in (2, 4):
+            raise LayoutError(f"itemsize is {self.itemsize}; raw vectors have 2 or 4 bytes a coordinate")
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the stored coordinates."""
+        return self.head_dim * self.itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        """Zero: a raw vector has no scale."""
+        return 0
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes of one vector."""
+        return self.code_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """One page: for each KV head a contiguous chunk ``[K codes][V codes][K scales][V scales]``.
+
+    Args:
+        key: layout of a key vector.
+        value: layout of a value vector; :class:`RawLayout` keeps values in full precision.
+        page_size: tokens of a page, a multiple of 16.
+        kv_heads: KV heads of the layer.
+
+    Raises:
+        LayoutError: ``page_size`` or ``kv_heads`` is out of range, or the two layouts differ in version.
+    """
+
+    key: VectorLayout
+    value: VectorLayout | RawLayout
+    page_size: int
+    kv_heads: int
+
+    def __post_init__(self) -> None:
+        if self.page_size < PAGE_SIZE_MULTIPLE or self.page_size % PAGE_SIZE_MULTIPLE:
+            raise LayoutError(
+                f"page_size is {self.page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}"
+            )
+        if self.kv_heads < 1:
+            raise LayoutError(f"kv_heads is {self.kv_heads}; it must be at least 1")
+        if self.key.version != self.value.version:
+            raise LayoutError(
+                f"key layout version {self.key.version} differs from value layout version {self.value.version}"
+            )
+
+    @property
+    def version(self) -> int:
+        """Layout version the bytes of the page follow."""
+        return self.key.version
+
+    @property
+    def value_offset(self) -> int:
+        """First byte of the value codes inside a chunk."""
+        return self.page_size * self.key.code_bytes
+
+    @property
+    def key_scale_offset(self) -> int:
+        """First byte of the key scales inside a chunk."""
+        return self.value_offset + self.page_size * self.value.code_bytes
+
+    @property
+    def value_scale_offset(self) -> int:
+        """First byte of the value scales inside a chunk."""
+        return self.key_scale_offset + self.page_size * self.key.scale_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one KV head, keys and values and scales."""
+        return self.key.nbytes + self.value.nbytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one page of one KV head."""
+        return self.page_size * self.token_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all KV heads."""
+        return self.kv_heads * self.chunk_bytes
+
+    def pages_shape(self, num_pages: int) -> tuple[int, int, int]:
+        """Shape of the uint8 tensor that holds ``num_pages`` pages: ``[num_pages, kv_heads, chunk_bytes]``."""
+        return (num_pages, self.kv_heads, self.chunk_bytes)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that ``tokens`` tokens of one sequence occupy."""
+        return -(-tokens // self.page_size)

@@ -1,0 +1,117 @@
+"""Codes to bytes and back: the host's only statement of the bit order (``docs/layout.md``).
+
+A code row is a sequence of nibbles; nibble ``i`` is bits ``4*(i%2) .. 4*(i%2)+3`` of byte ``i//2``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import VectorLayout
+
+_SIGN_SHIFTS = (7, 15, 23, 31, 3, 11, 19, 27)
+"""Bit of coordinate ``j``'s sign in a 32-bit word of the 4-bit int8 form.
+
+Where a byte-permute instruction in sign-replicate mode reads it: byte ``j`` of the word for the low four
+coordinates, of the word shifted left by four for the high four.
+"""
+
+
+def _join_nibbles(nibbles: Tensor) -> Tensor:
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def _split_nibbles(row: Tensor) -> Tensor:
+    return torch.stack((row & 15, row >> 4), dim=-1).flatten(-2)
+
+
+def _pack_2bit(codes: Tensor) -> Tensor:
+    low, high = codes.chunk(2, dim=-1)
+    return _join_nibbles(low | (high << 2))
+
+
+def _unpack_2bit(row: Tensor) -> Tensor:
+    nibbles = _split_nibbles(row)
+    return torch.cat((nibbles & 3, nibbles >> 2), dim=-1)
+
+
+def _pack_3bit(codes: Tensor) -> Tensor:
+    *planes, rest = codes.chunk(4, dim=-1)
+    nibbles = [plane | (((rest >> p) & 1) << 3) for p, plane in enumerate(planes)]
+    return _join_nibbles(torch.cat(nibbles, dim=-1))
+
+
+def _unpack_3bit(row: Tensor) -> Tensor:
+    nibbles = _split_nibbles(row)
+    planes = nibbles.chunk(3, dim=-1)
+    rest = (planes[0] >> 3) | ((planes[1] >> 3) << 1) | ((planes[2] >> 3) << 2)
+    return torch.cat((nibbles & 7, rest), dim=-1)
+
+
+def _pack_4bit_int8(codes: Tensor) -> Tensor:
+    words = codes.unflatten(-1, (-1, 8)).to(torch.int64)
+    negative = (words < 8).to(torch.int64)
+    magnitude = torch.where(words < 8, 7 - words, words - 8)
+    shifts = torch.arange(0, 32, 4, device=codes.device)
+    signs = torch.tensor(_SIGN_SHIFTS, device=codes.device)
+    word = ((magnitude << shifts) | (negative << signs)).sum(-1)
+    byte_shifts = torch.arange(0, 32, 8, device=codes.device)
+    return ((word.unsqueeze(-1) >> byte_shifts) & 255).to(torch.uint8).flatten(-2)
+
+
+def _unpack_4bit_int8(row: Tensor) -> Tensor:
+    byte_shifts = torch.arange(0, 32, 8, device=row.device)
+    word = (row.unflatten(-1, (-1, 4)).to(torch.int64) << byte_shifts).sum(-1, keepdim=True)
+    magnitude = (word >> torch.arange(0, 32, 4, device=row.device)) & 7
+    negative = (word >> torch.tensor(_SIGN_SHIFTS, device=row.device)) & 1
+    return torch.where(negative == 1, 7 - magnitude, 8 + magnitude).to(torch.uint8).flatten(-2)
+
+
+def pack_codes(codes: Tensor, layout: VectorLayout) -> Tensor:
+    """Pack codes into code rows.
+
+    Args:
+        codes: uint8 ``[..., head_dim]``, values in ``[0, 2**bits)``, ascending in level.
+        layout: the row's layout.
+
+    Returns:
+        uint8 ``[..., code_bytes]``.
+
+    Raises:
+        ValueError: wrong dtype, last dimension or code range.
+    """
+    _check_row(codes, layout.head_dim, "codes", "head_dim")
+    if codes.numel() and int(codes.max()) >= 1 << layout.bits:
+        raise ValueError(f"a code is {int(codes.max())}; {layout.bits}-bit codes end at {(1 << layout.bits) - 1}")
+    return pack_checked_codes(codes, layout)
+
+
+def pack_checked_codes(codes: Tensor, layout: VectorLayout) -> Tensor:
+    """Pack codes known to be in range; no host synchronisation (see :func:`pack_codes`)."""
+    if layout.bits == 2:
+        return _pack_2bit(codes)
+    if layout.bits == 3:
+        return _pack_3bit(codes)
+    return _pack_4bit_int8(codes) if layout.form == "int8" else _join_nibbles(codes)
+
+
+def unpack_codes(row: Tensor, layout: VectorLayout) -> Tensor:
+    """Inverse of :func:`pack_codes`: uint8 ``[..., code_bytes]`` to uint8 ``[..., head_dim]``.
+
+    Raises:
+        ValueError: wrong dtype or last dimension.
+    """
+    _check_row(row, layout.code_bytes, "packed rows", "code_bytes")
+    if layout.bits == 2:
+        return _unpack_2bit(row)
+    if layout.bits == 3:
+        return _unpack_3bit(row)
+    return _unpack_4bit_int8(row) if layout.form == "int8" else _split_nibbles(row)
+
+
+def _check_row(rows: Tensor, width: int, what: str, name: str) -> None:
+    if rows.dtype != torch.uint8:
+        raise ValueError(f"{what} are {rows.dtype}; they must be torch.uint8")
+    if rows.dim() == 0 or rows.shape[-1] != width:
+        raise ValueError(f"{what} have shape {tuple(rows.shape)}; the last dimension must be {name} = {width}")

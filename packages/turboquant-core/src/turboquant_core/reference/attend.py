@@ -1,0 +1,147 @@
+"""Attention over packed pages, one sequence at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..codec import CacheCodec
+from ..provider import Attended
+from ..rotation import rotate, unrotate
+from .pages import check_pages, gather
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """What happens to scores before the softmax (arguments of :meth:`KernelProvider.attend`)."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def attend(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    codec: CacheCodec,
+    options: ScoreOptions,
+    query_start_loc: Tensor | None,
+    seq_starts: Tensor | None,
+    out: Tensor | None,
+) -> Attended:
+    """Reference of :meth:`KernelProvider.attend`."""
+    _check(query, pages, block_table, seq_lens, codec, options)
+    bounds = _query_bounds(query, seq_lens, query_start_loc)
+    starts = [0] * len(bounds) if seq_starts is None else seq_starts.tolist()
+    shape = (query.shape[0], query.shape[1], codec.layout.value.head_dim)
+    out = _checked_out(out, query, shape)
+    out.zero_()
+    lse = query.new_full(shape[:2], -torch.inf, dtype=torch.float32)
+    for row, ((first, last), seq_len) in enumerate(zip(bounds, seq_lens.tolist(), strict=True)):
+        if seq_len == 0 or first == last:
+            continue
+        visible = _visible(last - first, seq_len, starts[row], options.window, query.device)
+        result = _attend_sequence(query[first:last], pages, block_table[row : row + 1], codec, options, visible)
+        out[first:last], lse[first:last] = result.out.to(out.dtype), result.lse
+    return Attended(out, lse)
+
+
+def _attend_sequence(
+    query: Tensor, pages: Tensor, block_row: Tensor, codec: CacheCodec, options: ScoreOptions, visible: Tensor
+) -> Attended:
+    seq_len = visible.shape[1]
+    raw_dtype = query.dtype if codec.value is None else torch.float32
+    keys, values = gather(pages, block_row, codec, start=0, stop=seq_len, dtype=raw_dtype, rotated=True)
+    group = query.shape[1] // codec.layout.kv_heads
+    rotated = rotate(query.to(torch.float32), codec.key.signs).transpose(0, 1).unflatten(0, (-1, group))
+    scores = options.scaling * (rotated @ keys[0].float().transpose(-1, -2).unsqueeze(1))
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = _log_sum_exp(scores, options.sinks)
+    weights = torch.where(visible, torch.exp(scores - lse.unsqueeze(-1)), torch.zeros_like(scores))
+    # Unseen tokens may be uninitialised bytes whose scale is NaN; 0 * NaN would reach the output.
+    seen = visible.any(0).view(-1, 1)
+    output = weights @ torch.where(seen, values[0].float(), torch.zeros((), device=query.device)).unsqueeze(1)
+    if codec.value is not None:
+        output = unrotate(output, codec.value.signs)
+    return Attended(output.flatten(0, 1).transpose(0, 1), lse.flatten(0, 1).transpose(0, 1))
+
+
+def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    lse = torch.logsumexp(scores, dim=-1)
+    if sinks is None:
+        return lse
+    return torch.logaddexp(lse, sinks.float().view(scores.shape[0], scores.shape[1], 1).expand_as(lse))
+
+
+def _visible(q_len: int, seq_len: int, start: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool ``[q_len, seq_len]``: which positions each of the last ``q_len`` queries sees."""
+    key = torch.arange(seq_len, device=device)
+    query = torch.arange(seq_len - q_len, seq_len, device=device).unsqueeze(1)
+    visible = (key <= query) & (key >= start)
+    return visible if window is None else visible & (key > query - window)
+
+
+def _query_bounds(query: Tensor, seq_lens: Tensor, query_start_loc: Tensor | None) -> list[tuple[int, int]]:
+    batch = seq_lens.shape[0]
+    if query_start_loc is None:
+        if query.shape[0] % batch:
+            raise ValueError(
+                f"{query.shape[0]} query tokens do not divide by the batch of {batch}; pass query_start_loc"
+            )
+        step = query.shape[0] // batch
+        return [(row * step, (row + 1) * step) for row in range(batch)]
+    loc = query_start_loc.tolist()
+    if len(loc) != batch + 1 or loc[0] != 0 or loc[-1] > query.shape[0] or loc != sorted(loc):
+        raise ValueError(
+            f"query_start_loc is {loc}; it must rise from 0 to at most {query.shape[0]} in {batch + 1} entries"
+        )
+    return list(zip(loc[:-1], loc[1:], strict=True))
+
+
+def _checked_out(out: Tensor | None, query: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if out is None:
+        return query.new_empty(shape)
+    if tuple(out.shape) != shape or out.dtype != query.dtype:
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; it must be {query.dtype} {shape}")
+    return out
+
+
+def _check(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    codec: CacheCodec,
+    options: ScoreOptions,
+) -> None:
+    layout = codec.layout
+    check_pages(pages, layout)
+    if query.dim() != 3 or query.shape[2] != layout.key.head_dim or query.shape[1] % layout.kv_heads:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}; it must be [tokens, q_heads (a multiple of {layout.kv_heads}), "
+            f"head_dim = {layout.key.head_dim}]"
+        )
+    if seq_lens.dim() != 1 or seq_lens.shape[0] == 0:
+        raise ValueError(f"seq_lens has shape {tuple(seq_lens.shape)}; it must be [batch] with batch at least 1")
+    if block_table.dim() != 2 or block_table.shape[0] != seq_lens.shape[0]:
+        raise ValueError(
+            f"block_table has shape {tuple(block_table.shape)}; it must be [{seq_lens.shape[0]}, max_pages]"
+        )
+    if int(seq_lens.max()) > block_table.shape[1] * layout.page_size:
+        raise ValueError(
+            f"a sequence has {int(seq_lens.max())} tokens; the block table holds "
+            f"{block_table.shape[1]} pages of {layout.page_size}"
+        )
+    if options.window is not None and options.window < 1:
+        raise ValueError(f"window is {options.window}; it must be at least 1 or None")
+    if options.softcap is not None and options.softcap <= 0:
+        raise ValueError(f"softcap is {options.softcap}; it must be positive or None")
+    if options.sinks is not None and options.sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks have shape {tuple(options.sinks.shape)}; they must be [q_heads = {query.shape[1]}]")

@@ -1,0 +1,107 @@
+"""Encode, decode and score packed vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codec import Codec
+from ..packing import pack_checked_codes, unpack_codes
+from ..provider import Packed
+from ..rotation import rotate, unrotate
+from ..scale import to_stored, vector_scale
+
+
+def encode(x: Tensor, codec: Codec) -> Packed:
+    """Centre, rotate, quantize, pack.
+
+    Args:
+        x: float ``[..., head_dim]``; ``[..., kv_heads, head_dim]`` when the codec has a centre.
+        codec: how.
+
+    Returns:
+        Packed rows. A vector with a NaN or infinite coordinate gets codes 0 and scale NaN, a zero vector scale 0;
+        neither affects any other vector.
+
+    Raises:
+        ValueError: wrong dtype or shape, or ``x`` is on another device than the codec.
+    """
+    check_vectors(x, codec, "x")
+    x = x.to(torch.float32)
+    if codec.center is not None:
+        x = x - codec.center
+    finite = x.isfinite().all(-1, keepdim=True)
+    x = torch.where(finite, x, torch.zeros_like(x))
+    unit = _power_of_two(x)
+    rotated = rotate(x / unit, codec.signs)
+    codes = _nearest_codes(rotated, codec)
+    scale = vector_scale(rotated, codec.levels[codes.long()], codec.scale_rule) * unit.squeeze(-1)
+    scale = torch.where(finite.squeeze(-1), scale, torch.full_like(scale, torch.nan))
+    codes = torch.where(finite, codes, torch.zeros_like(codes))
+    return Packed(pack_checked_codes(codes, codec.layout), to_stored(scale))
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """Power of two near each vector's largest coordinate: dividing by it is exact and keeps squares in range."""
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(x[..., :1]), exponent)
+
+
+def _nearest_codes(rotated: Tensor, codec: Codec) -> Tensor:
+    rms = rotated.square().mean(-1, keepdim=True).sqrt()
+    unit = rotated / torch.where(rms > 0, rms, torch.ones_like(rms))
+    return torch.bucketize(unit, codec.boundaries).to(torch.uint8)
+
+
+def decode_rotated(packed: Packed, codec: Codec) -> Tensor:
+    """Scale times levels, still rotated and centred: float32 ``[..., head_dim]``."""
+    levels = codec.levels[unpack_codes(packed.codes, codec.layout).long()]
+    return levels * packed.scales.to(torch.float32).unsqueeze(-1)
+
+
+def decode(packed: Packed, codec: Codec, dtype: torch.dtype) -> Tensor:
+    """Unpack, dequantize, unrotate, add the centre back: ``[..., head_dim]`` of ``dtype``.
+
+    Raises:
+        ValueError: codes or scales have the wrong dtype or shape.
+    """
+    check_packed(packed)
+    x = unrotate(decode_rotated(packed, codec), codec.signs)
+    return (x if codec.center is None else x + codec.center).to(dtype)
+
+
+def scores(query: Tensor, packed: Packed, codec: Codec, scaling: float) -> Tensor:
+    """``scaling * Q K^T`` float32 ``[..., q_len, kv_len]``: the query is rotated, the keys are not decoded.
+
+    Raises:
+        ValueError: wrong dtype or shape.
+    """
+    check_vectors(query, codec, "query")
+    check_packed(packed)
+    rotated = rotate(query.to(torch.float32), codec.signs)
+    return scaling * (rotated @ decode_rotated(packed, codec).transpose(-1, -2))
+
+
+def check_vectors(x: Tensor, codec: Codec, name: str) -> None:
+    """Raise ``ValueError`` unless ``x`` is float ``[..., head_dim]`` on the codec's device."""
+    head_dim = codec.layout.head_dim
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}; it must be a floating-point tensor")
+    if x.dim() == 0 or x.shape[-1] != head_dim:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; the last dimension must be head_dim = {head_dim}")
+    if x.device != codec.device:
+        raise ValueError(f"{name} is on {x.device}, the codec on {codec.device}: move one with .to()")
+    if name == "x" and codec.center is not None and (x.dim() < 2 or x.shape[-2] != codec.center.shape[0]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; with a centre it must be [..., kv_heads = {codec.center.shape[0]}, "
+            f"head_dim = {head_dim}]"
+        )
+
+
+def check_packed(packed: Packed) -> None:
+    """Raise ``ValueError`` unless scales are fp16 of the codes' leading shape."""
+    if packed.scales.dtype != torch.float16 or packed.scales.shape != packed.codes.shape[:-1]:
+        raise ValueError(
+            f"scales are {packed.scales.dtype} {tuple(packed.scales.shape)}; codes of shape "
+            f"{tuple(packed.codes.shape)} need torch.float16 {tuple(packed.codes.shape[:-1])}"
+        )
