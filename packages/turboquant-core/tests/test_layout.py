@@ -1,0 +1,77 @@
+"""Sizes come from one place, and bad sizes are refused with the way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from turboquant_core import LayoutError, PageLayout, RawLayout, VectorLayout
+
+
+def page(k_bits: int, v_bits: int, head_dim: int = 128) -> PageLayout:
+    return PageLayout(
+        VectorLayout(head_dim, k_bits, "int8"), VectorLayout(head_dim, v_bits, "cubic"), page_size=16, kv_heads=8
+    )
+
+
+@pytest.mark.parametrize(
+    ("k_bits", "v_bits", "expected"), [(4, 4, 132), (4, 3, 116), (3, 3, 100), (4, 2, 100), (3, 2, 84), (2, 2, 68)]
+)
+def test_token_bytes_at_head_dim_128(k_bits: int, v_bits: int, expected: int) -> None:
+    assert page(k_bits, v_bits).token_bytes == expected
+
+
+def test_fields_of_a_chunk_do_not_overlap_and_fill_it() -> None:
+    layout = page(4, 3)
+    assert layout.value_offset == 16 * 64
+    assert layout.key_scale_offset == 16 * (64 + 48)
+    assert layout.value_scale_offset == 16 * (64 + 48 + 2)
+    assert layout.chunk_bytes == 16 * (64 + 48 + 2 + 2)
+    assert layout.page_bytes == 8 * layout.chunk_bytes
+    assert layout.pages_shape(5) == (5, 8, layout.chunk_bytes)
+
+
+def test_raw_values_have_no_scale() -> None:
+    layout = PageLayout(VectorLayout(64, 4, "int8"), RawLayout(64), page_size=32, kv_heads=2)
+    assert layout.token_bytes == 32 + 2 + 128
+    assert layout.chunk_bytes == layout.value_scale_offset
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (16, 1), (17, 2)])
+def test_pages_for(tokens: int, pages: int) -> None:
+    assert page(4, 4).pages_for(tokens) == pages
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 8])
+def test_other_bits_are_refused(bits: int) -> None:
+    with pytest.raises(LayoutError, match=rf"bits is {bits}"):
+        VectorLayout(128, bits, "int8")
+
+
+@pytest.mark.parametrize("head_dim", [0, 4, 100, 1032, -8])
+def test_other_head_dims_are_refused(head_dim: int) -> None:
+    with pytest.raises(LayoutError, match=rf"head_dim is {head_dim}"):
+        VectorLayout(head_dim, 4, "int8")
+
+
+def test_unknown_form_is_refused() -> None:
+    with pytest.raises(LayoutError, match="form is 'fp4'"):
+        VectorLayout(128, 4, "fp4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page_size", [0, 8, 17, -16])
+def test_page_size_must_be_a_multiple_of_16(page_size: int) -> None:
+    with pytest.raises(LayoutError, match=rf"page_size is {page_size}"):
+        PageLayout(VectorLayout(64, 4, "int8"), RawLayout(64), page_size=page_size, kv_heads=1)
+
+
+def test_kv_heads_and_versions_are_checked() -> None:
+    key, value = VectorLayout(64, 4, "int8"), VectorLayout(64, 4, "cubic", version=2)
+    with pytest.raises(LayoutError, match="kv_heads is 0"):
+        PageLayout(key, RawLayout(64), page_size=16, kv_heads=0)
+    with pytest.raises(LayoutError, match="version 1 differs from value layout version 2"):
+        PageLayout(key, value, page_size=16, kv_heads=1)
+
+
+def test_raw_itemsize_is_checked() -> None:
+    with pytest.raises(LayoutError, match="itemsize is 1"):
+        RawLayout(64, itemsize=1)
