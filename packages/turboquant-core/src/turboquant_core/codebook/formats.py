@@ -1,0 +1,72 @@
+"""The packed format's codebooks: levels that a GPU produces without a table in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from ..layout import BITS, FORMS, Form
+from .codebook import Codebook
+from .lloyd import mean_squared_error
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Levels:
+    """Levels ``+-(q + 1/2) * step``: ``q`` ascending integers of the upper half, below 128."""
+
+    q: tuple[int, ...]
+    step: float
+
+    def levels(self) -> tuple[float, ...]:
+        """All levels, ascending."""
+        upper = tuple((q + 0.5) * self.step for q in self.q)
+        return tuple(-level for level in reversed(upper)) + upper
+
+
+@dataclass(frozen=True, slots=True)
+class CubicLevels:
+    """Levels ``step * h * (h * h + c)`` with ``h = code - (2**bits - 1) / 2``."""
+
+    bits: int
+    c: float
+    step: float
+
+    def levels(self) -> tuple[float, ...]:
+        """All levels, ascending."""
+        middle = ((1 << self.bits) - 1) / 2
+        h = [code - middle for code in range(1 << self.bits)]
+        return tuple(self.step * x * (x * x + self.c) for x in h)
+
+
+@cache
+def _data() -> dict[str, dict[str, Any]]:
+    return dict(json.loads(files(__package__).joinpath("data/format.json").read_text("utf-8")))
+
+
+def format_constants(form: Form, bits: int) -> Int8Levels | CubicLevels:
+    """The constants of a form, as a kernel needs them.
+
+    Raises:
+        ValueError: unknown form or bits.
+    """
+    if form not in FORMS or bits not in BITS:
+        raise ValueError(f"form is {form!r}, bits is {bits}; the format has {FORMS} with {BITS} bits")
+    constants = _data()[form][str(bits)]
+    if form == "int8":
+        return Int8Levels(tuple(constants["q"]), constants["step"])
+    return CubicLevels(bits, constants["c"], constants["step"])
+
+
+def format_codebook(form: Form, bits: int) -> Codebook:
+    """The format's levels and their mean squared error on N(0, 1).
+
+    Raises:
+        ValueError: unknown form or bits.
+    """
+    levels = format_constants(form, bits).levels()
+    return Codebook(levels, mean_squared_error(np.asarray(levels)))
