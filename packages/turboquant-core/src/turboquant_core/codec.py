@@ -143,14 +143,10 @@ class CacheCodec:
         """
         if center is not None and center.shape[0] != layout.kv_heads:
             raise LayoutError(f"center has {center.shape[0]} rows; the layout has kv_heads = {layout.kv_heads}")
-        key = Codec.create(
-            layout.key, seed=seed, stream=KEY_STREAM, scale_rule=key_scale, center=center, device=device
-        )
+        key = Codec.create(layout.key, seed=seed, stream=KEY_STREAM, scale_rule=key_scale, center=center, device=device)
         value = None
         if not isinstance(layout.value, RawLayout):
-            value = Codec.create(
-                layout.value, seed=seed, stream=VALUE_STREAM, scale_rule=value_scale, device=device
-            )
+            value = Codec.create(layout.value, seed=seed, stream=VALUE_STREAM, scale_rule=value_scale, device=device)
         return cls(layout=layout, key=key, value=value)
 
     def to(self, device: torch.device | str) -> CacheCodec:

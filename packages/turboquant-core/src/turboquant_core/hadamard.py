@@ -40,9 +40,7 @@ def _paley_two(q: int) -> Int8Matrix:
     conference[0, 0] = 0
     conference[1:, 1:] = _jacobsthal(q)
     diagonal = np.eye(q + 1, dtype=np.int64)
-    return _checked(
-        np.kron(conference, np.array([[1, 1], [1, -1]])) + np.kron(diagonal, np.array([[1, -1], [-1, -1]]))
-    )
+    return _checked(np.kron(conference, np.array([[1, 1], [1, -1]])) + np.kron(diagonal, np.array([[1, -1], [-1, -1]])))
 
 
 def _checked(matrix: NDArray[np.int64]) -> Int8Matrix:

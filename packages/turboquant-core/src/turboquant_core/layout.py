@@ -18,7 +18,7 @@ HEAD_DIM_MULTIPLE = 8
 MAX_HEAD_DIM = 1024
 
 Form: TypeAlias = Literal["int8", "cubic"]
-"""How levels are produced at read time: ``int8`` (byte lookup, keys) or ``cubic`` (half-precision polynomial, values)."""
+"""How levels are produced at read time: ``int8`` (byte lookup, keys), ``cubic`` (half polynomial, values)."""
 
 
 def _check_head_dim(head_dim: int, multiple: int) -> None:
@@ -129,9 +129,7 @@ class PageLayout:
 
     def __post_init__(self) -> None:
         if self.page_size < PAGE_SIZE_MULTIPLE or self.page_size % PAGE_SIZE_MULTIPLE:
-            raise LayoutError(
-                f"page_size is {self.page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}"
-            )
+            raise LayoutError(f"page_size is {self.page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}")
         if self.kv_heads < 1:
             raise LayoutError(f"kv_heads is {self.kv_heads}; it must be at least 1")
         if self.key.version != self.value.version:

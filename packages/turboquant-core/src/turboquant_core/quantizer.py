@@ -101,5 +101,7 @@ class TurboQuantMSE:
             ValueError: ``compressed`` has another layout than this quantizer.
         """
         if compressed.layout != self.codec.layout:
-            raise ValueError(f"these vectors were packed as {compressed.layout}, this quantizer reads {self.codec.layout}")
+            raise ValueError(
+                f"these vectors were packed as {compressed.layout}, this quantizer reads {self.codec.layout}"
+            )
         return self._operations.decode(compressed.packed, self.codec, compressed.dtype)

@@ -21,9 +21,7 @@ def _splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def rotation_signs(
-    head_dim: int, seed: int = 42, stream: int = 0, device: torch.device | str = "cpu"
-) -> Tensor:
+def rotation_signs(head_dim: int, seed: int = 42, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Signs of the rotation from a written integer recurrence, the same in every release.
 
     The state starts at ``(splitmix(seed) + stream) mod 2**64``, where ``splitmix`` is the output function of
@@ -60,7 +58,9 @@ def _as_float(x: Tensor, signs: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise ValueError(f"the tensor to rotate is {x.dtype}; it must be floating-point")
     if x.dim() == 0 or x.shape[-1] != signs.shape[0]:
-        raise ValueError(f"the tensor to rotate has shape {tuple(x.shape)}; its last dimension must be {signs.shape[0]}")
+        raise ValueError(
+            f"the tensor to rotate has shape {tuple(x.shape)}; its last dimension must be {signs.shape[0]}"
+        )
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 

@@ -88,9 +88,7 @@ def _automatic(request: KernelRequest, allow_reference: bool) -> KernelProvider:
     raise ProviderError(f"no kernel provider supports {request}:{lines or ' none is installed'}")
 
 
-def select_provider(
-    request: KernelRequest, name: str | None = None, *, allow_reference: bool = True
-) -> KernelProvider:
+def select_provider(request: KernelRequest, name: str | None = None, *, allow_reference: bool = True) -> KernelProvider:
     """Choose the provider of a layer.
 
     Args:

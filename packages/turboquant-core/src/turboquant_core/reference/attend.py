@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +103,7 @@ def _query_bounds(query: Tensor, seq_lens: Tensor, query_start_loc: Tensor | Non
         raise ValueError(
             f"query_start_loc is {loc}; it must rise from 0 to at most {query.shape[0]} in {batch + 1} entries"
         )
-    return list(zip(loc[:-1], loc[1:], strict=True))
+    return list(itertools.pairwise(loc))
 
 
 def _checked_out(out: Tensor | None, query: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -76,7 +76,7 @@ def _check_store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layou
     if slots.dim() != 1 or slots.is_floating_point():
         raise ValueError(f"slot_mapping is {slots.dtype} {tuple(slots.shape)}; it must be an integer vector")
     limit = pages.shape[0] * layout.page_size
-    if tokens and not (-1 <= int(slots.min()) and int(slots.max()) < limit):
+    if tokens and not (int(slots.min()) >= -1 and int(slots.max()) < limit):
         raise ValueError(
             f"slot_mapping holds slots {int(slots.min())} to {int(slots.max())}; these pages have slots 0 to "
             f"{limit - 1} and -1 for a skipped token"

@@ -66,9 +66,7 @@ class ReferenceProvider:
     ) -> Attended:
         """See :meth:`KernelProvider.attend`; needs no workspace."""
         options = attention.ScoreOptions(scaling, window, softcap, sinks)
-        return attention.attend(
-            query, pages, block_table, seq_lens, codec, options, query_start_loc, seq_starts, out
-        )
+        return attention.attend(query, pages, block_table, seq_lens, codec, options, query_start_loc, seq_starts, out)
 
     def workspace_bytes(self, request: KernelRequest, tokens: int, batch: int) -> int:
         """Zero: the reference allocates as it goes."""
@@ -86,6 +84,4 @@ class ReferenceProvider:
         rotated: bool = False,
     ) -> Gathered:
         """See :meth:`KernelProvider.gather`."""
-        return page_ops.gather(
-            pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated
-        )
+        return page_ops.gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)

@@ -282,12 +282,8 @@ class ProviderConformance:
         case = self.case(layout, [40, 33])
         dtype = self.dtype if bits_pair[1] is None else torch.float32
         got = provider.gather(case.pages, case.block_table, case.codec, start=7, stop=33, dtype=dtype)
-        rotated = provider.gather(
-            case.pages, case.block_table, case.codec, start=7, stop=33, dtype=dtype, rotated=True
-        )
-        expected = ReferenceProvider().gather(
-            case.pages, case.block_table, case.codec, start=7, stop=33, dtype=dtype
-        )
+        rotated = provider.gather(case.pages, case.block_table, case.codec, start=7, stop=33, dtype=dtype, rotated=True)
+        expected = ReferenceProvider().gather(case.pages, case.block_table, case.codec, start=7, stop=33, dtype=dtype)
         tolerance = self.decode_tolerance + _epsilon(dtype)
         for name in ("keys", "values"):
             reference = getattr(expected, name).double().cpu().numpy()
@@ -304,17 +300,13 @@ class ProviderConformance:
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [50, 17]), [1, 1], 2)
 
-    def test_attend_lengths_around_pages(
-        self, provider: KernelProvider, page_size: int, group_size: int
-    ) -> None:
+    def test_attend_lengths_around_pages(self, provider: KernelProvider, page_size: int, group_size: int) -> None:
         layout = page_layout(4, 4, self.head_dims[0], page_size=page_size)
         self.require(provider, layout, group_size)
         lengths = [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size]
         self.check_attend(provider, self.case(layout, lengths), [1] * len(lengths), group_size)
 
-    def test_attend_several_queries_causal(
-        self, provider: KernelProvider, bits_pair: tuple[int, int | None]
-    ) -> None:
+    def test_attend_several_queries_causal(self, provider: KernelProvider, bits_pair: tuple[int, int | None]) -> None:
         layout = page_layout(*bits_pair, self.head_dims[0])
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [9, 40, 70]), [5, 5, 5], 2)
@@ -432,4 +424,3 @@ def _written_bytes(layout: PageLayout, case: PagedCase, slots: torch.Tensor) -> 
     for pages in (zeros, ones):
         ReferenceProvider().store(case.key, case.value, pages, slots, case.codec)
     return zeros == ones
-

@@ -85,7 +85,9 @@ def attention_oracle(
                 sink = None if sinks is None else float(sinks[head])
                 k = keys[page, head // group, where % codec.layout.page_size]
                 v = values[page, head // group, where % codec.layout.page_size]
-                out[token + i, head], lse[token + i, head] = _one_query(q[token + i, head], k, v, scaling, softcap, sink)
+                out[token + i, head], lse[token + i, head] = _one_query(
+                    q[token + i, head], k, v, scaling, softcap, sink
+                )
         token += q_len
     return out, lse
 
@@ -101,5 +103,3 @@ def _one_query(
         return np.zeros(v.shape[-1]), -np.inf
     lse = float(logits.max() + np.log(np.exp(logits - logits.max()).sum()))
     return np.asarray(np.exp(scores - lse) @ v), lse
-
-
