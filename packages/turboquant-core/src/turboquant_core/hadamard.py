@@ -29,7 +29,7 @@ def _jacobsthal(q: int) -> NDArray[np.int64]:
 def _paley_one(q: int) -> Int8Matrix:
     """Order ``q + 1`` for a prime ``q = 3 mod 4`` (Paley 1933, construction I)."""
     matrix = np.ones((q + 1, q + 1), dtype=np.int64)
-    matrix[1:, 1:] = _jacobsthal(q) - np.eye(q, dtype=np.int64)
+    matrix[1:, 1:] = _jacobsthal(q) + np.eye(q, dtype=np.int64)
     matrix[1:, 0] = -1
     return _checked(matrix)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from .errors import LayoutError
 
@@ -11,7 +11,6 @@ LAYOUT_VERSION = 1
 """Changes whenever the same vector and codec give different bytes."""
 
 BITS = (2, 3, 4)
-FORMS = ("int8", "cubic")
 SCALE_BYTES = 2
 PAGE_SIZE_MULTIPLE = 16
 HEAD_DIM_MULTIPLE = 8
@@ -19,6 +18,7 @@ MAX_HEAD_DIM = 1024
 
 Form: TypeAlias = Literal["int8", "cubic"]
 """How levels are produced at read time: ``int8`` (byte lookup, keys), ``cubic`` (half polynomial, values)."""
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def _check_head_dim(head_dim: int, multiple: int) -> None:

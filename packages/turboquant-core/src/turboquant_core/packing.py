@@ -50,7 +50,7 @@ def _unpack_3bit(row: Tensor) -> Tensor:
 
 
 def _pack_4bit_int8(codes: Tensor) -> Tensor:
-    words = codes.unflatten(-1, (-1, 8)).to(torch.int64)
+    words = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8).to(torch.int64)
     negative = (words < 8).to(torch.int64)
     magnitude = torch.where(words < 8, 7 - words, words - 8)
     shifts = torch.arange(0, 32, 4, device=codes.device)
@@ -62,7 +62,7 @@ def _pack_4bit_int8(codes: Tensor) -> Tensor:
 
 def _unpack_4bit_int8(row: Tensor) -> Tensor:
     byte_shifts = torch.arange(0, 32, 8, device=row.device)
-    word = (row.unflatten(-1, (-1, 4)).to(torch.int64) << byte_shifts).sum(-1, keepdim=True)
+    word = (row.reshape(*row.shape[:-1], row.shape[-1] // 4, 4).to(torch.int64) << byte_shifts).sum(-1, keepdim=True)
     magnitude = (word >> torch.arange(0, 32, 4, device=row.device)) & 7
     negative = (word >> torch.tensor(_SIGN_SHIFTS, device=row.device)) & 1
     return torch.where(negative == 1, 7 - magnitude, 8 + magnitude).to(torch.uint8).flatten(-2)

@@ -78,11 +78,15 @@ def _walsh_hadamard(x: Tensor) -> Tensor:
 
 def _transform(x: Tensor, transpose: bool) -> Tensor:
     order, power = factor(x.shape[-1])
-    blocks = _walsh_hadamard(x.unflatten(-1, (order, power)))
+    blocks = _walsh_hadamard(x.reshape(*x.shape[:-1], order, power))
     if order == 1:
         return blocks.flatten(-2)
     base = torch.from_numpy(hadamard_matrix(order).copy()).to(device=x.device, dtype=x.dtype)
     return torch.einsum("ij,...jn->...in", base.T if transpose else base, blocks).flatten(-2)
+
+
+def _unit(head_dim: int) -> float:
+    return float(head_dim**-0.5)
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
@@ -99,13 +103,13 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
         ValueError: not floating-point, or the last dimension is not ``d``.
     """
     x = _as_float(x, signs)
-    return _transform(x * signs.to(x.dtype), transpose=False) * x.shape[-1] ** -0.5
+    return _transform(x * signs.to(x.dtype), transpose=False) * _unit(x.shape[-1])
 
 
 def unrotate(z: Tensor, signs: Tensor) -> Tensor:
     """Inverse of :func:`rotate`: ``x = diag(signs) H^T z / sqrt(d)``; same shapes, dtypes and errors."""
     z = _as_float(z, signs)
-    return _transform(z, transpose=True) * signs.to(z.dtype) * z.shape[-1] ** -0.5
+    return _transform(z, transpose=True) * signs.to(z.dtype) * _unit(z.shape[-1])
 
 
 def rotation_matrix(signs: Tensor) -> Tensor:

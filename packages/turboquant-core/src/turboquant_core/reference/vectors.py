@@ -50,7 +50,7 @@ def _power_of_two(x: Tensor) -> Tensor:
 def _nearest_codes(rotated: Tensor, codec: Codec) -> Tensor:
     rms = rotated.square().mean(-1, keepdim=True).sqrt()
     unit = rotated / torch.where(rms > 0, rms, torch.ones_like(rms))
-    return torch.bucketize(unit, codec.boundaries).to(torch.uint8)
+    return torch.bucketize(unit.contiguous(), codec.boundaries).to(torch.uint8)
 
 
 def decode_rotated(packed: Packed, codec: Codec) -> Tensor:

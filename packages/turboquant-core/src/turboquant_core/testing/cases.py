@@ -61,10 +61,11 @@ def page_layout(
     value_head_dim: int | None = None,
     page_size: int = 16,
     kv_heads: int = 2,
+    itemsize: int = 2,
 ) -> PageLayout:
-    """A page layout in the default forms; ``value_bits=None`` keeps 16-bit values."""
+    """A page layout in the default forms; ``value_bits=None`` keeps values of ``itemsize`` bytes a coordinate."""
     dim = value_head_dim or head_dim
-    value = RawLayout(dim) if value_bits is None else VectorLayout(dim, value_bits, "cubic")
+    value = RawLayout(dim, itemsize) if value_bits is None else VectorLayout(dim, value_bits, "cubic")
     return PageLayout(VectorLayout(head_dim, key_bits, "int8"), value, page_size=page_size, kv_heads=kv_heads)
 
 

@@ -87,6 +87,10 @@ class ProviderConformance:
         if reason is not None:
             pytest.skip(reason)
 
+    def layout(self, key_bits: int, value_bits: int | None, head_dim: int, **options: Any) -> PageLayout:
+        """A page layout in the default forms; 16- or 32-bit values follow the tests' dtype."""
+        return page_layout(key_bits, value_bits, head_dim, itemsize=self.dtype.itemsize, **options)
+
     def case(self, layout: PageLayout, lengths: list[int], **options: Any) -> PagedCase:
         """Random packed pages on the tests' device; 16-bit values follow the tests' dtype."""
         return paged_case(layout, lengths, self.dtype, self.device, **options)
@@ -133,7 +137,7 @@ class ProviderConformance:
     def test_golden_bytes(self, provider: KernelProvider, head_dim: int, bits: int, form: Any) -> None:
         golden = golden_cases()[(head_dim, bits, form)]
         layout = VectorLayout(head_dim, bits, form)
-        self.require(provider, replace(page_layout(4, 4, head_dim), key=layout))
+        self.require(provider, replace(self.layout(4, 4, head_dim), key=layout))
         codec = Codec.create(layout, seed=golden.seed, stream=golden.stream, device=self.device)
         packed = provider.encode(golden.vectors.to(self.device, self.dtype), codec)
         assert torch.equal(packed.codes.cpu(), golden.codes)
@@ -142,7 +146,7 @@ class ProviderConformance:
     @pytest.mark.parametrize("rule", SCALE_RULES)
     def test_encode_equals_the_reference(self, provider: KernelProvider, head_dim: int, rule: Any) -> None:
         for key_bits, value_bits in self.bits:
-            layout = page_layout(key_bits, value_bits, head_dim)
+            layout = self.layout(key_bits, value_bits, head_dim)
             self.require(provider, layout)
             for vector in (layout.key, layout.value):
                 if isinstance(vector, VectorLayout):
@@ -164,7 +168,7 @@ class ProviderConformance:
 
     def test_decode_equals_float64(self, provider: KernelProvider, head_dim: int) -> None:
         for key_bits, value_bits in self.bits:
-            layout = page_layout(key_bits, value_bits, head_dim)
+            layout = self.layout(key_bits, value_bits, head_dim)
             self.require(provider, layout)
             for vector in (layout.key, layout.value):
                 if isinstance(vector, VectorLayout):
@@ -179,7 +183,7 @@ class ProviderConformance:
 
     def test_scores_equal_float64(self, provider: KernelProvider, head_dim: int) -> None:
         for key_bits in sorted({pair[0] for pair in self.bits}):
-            layout = page_layout(key_bits, 4, head_dim)
+            layout = self.layout(key_bits, 4, head_dim)
             self.require(provider, layout)
             codec = Codec.create(layout.key, device=self.device)
             packed = self._packed(codec, (2, 3, 37))
@@ -191,7 +195,7 @@ class ProviderConformance:
             assert relative_error(got, expected) <= self.attention_tolerance
 
     def test_zero_nan_and_huge_vectors(self, provider: KernelProvider, bits_pair: tuple[int, int | None]) -> None:
-        layout = page_layout(*bits_pair, self.head_dims[0])
+        layout = self.layout(*bits_pair, self.head_dims[0])
         self.require(provider, layout)
         codec = Codec.create(layout.key, device=self.device)
         x = random_vectors(torch.Generator().manual_seed(5), (6, layout.key.head_dim), self.dtype).to(self.device)
@@ -213,7 +217,7 @@ class ProviderConformance:
         assert decoded[[0, 4, 5]].isfinite().all()
 
     def test_center_is_removed_and_restored(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 4, self.head_dims[0])
+        layout = self.layout(4, 4, self.head_dims[0])
         self.require(provider, layout)
         center = torch.randn(layout.kv_heads, layout.key.head_dim) * 5
         codec = Codec.create(layout.key, center=center, device=self.device)
@@ -226,7 +230,7 @@ class ProviderConformance:
         assert relative_error(decoded, decode_oracle(packed, codec)) <= self.decode_tolerance
 
     def test_non_contiguous_input(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 4, self.head_dims[0])
+        layout = self.layout(4, 4, self.head_dims[0])
         self.require(provider, layout)
         codec = Codec.create(layout.key, device=self.device)
         x = random_vectors(torch.Generator().manual_seed(2), (4, layout.key.head_dim, 6), self.dtype)
@@ -240,7 +244,7 @@ class ProviderConformance:
     def test_store_writes_its_slots_and_no_other_byte(
         self, provider: KernelProvider, bits_pair: tuple[int, int | None], page_size: int
     ) -> None:
-        layout = page_layout(*bits_pair, self.head_dims[0], page_size=page_size)
+        layout = self.layout(*bits_pair, self.head_dims[0], page_size=page_size)
         self.require(provider, layout)
         case = self.case(layout, [page_size + 3, 5])
         generator = torch.Generator().manual_seed(11)
@@ -267,7 +271,7 @@ class ProviderConformance:
         return pages
 
     def test_store_of_no_tokens(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 4, self.head_dims[0])
+        layout = self.layout(4, 4, self.head_dims[0])
         self.require(provider, layout)
         case = self.case(layout, [16])
         before = case.pages.clone()
@@ -277,7 +281,7 @@ class ProviderConformance:
     def test_gather_equals_float64(
         self, provider: KernelProvider, head_dim: int, bits_pair: tuple[int, int | None]
     ) -> None:
-        layout = page_layout(*bits_pair, head_dim)
+        layout = self.layout(*bits_pair, head_dim)
         self.require(provider, layout)
         case = self.case(layout, [40, 33])
         dtype = self.dtype if bits_pair[1] is None else torch.float32
@@ -296,23 +300,23 @@ class ProviderConformance:
     def test_attend_every_head_dim(
         self, provider: KernelProvider, head_dim: int, bits_pair: tuple[int, int | None]
     ) -> None:
-        layout = page_layout(*bits_pair, head_dim)
+        layout = self.layout(*bits_pair, head_dim)
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [50, 17]), [1, 1], 2)
 
     def test_attend_lengths_around_pages(self, provider: KernelProvider, page_size: int, group_size: int) -> None:
-        layout = page_layout(4, 4, self.head_dims[0], page_size=page_size)
+        layout = self.layout(4, 4, self.head_dims[0], page_size=page_size)
         self.require(provider, layout, group_size)
         lengths = [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size]
         self.check_attend(provider, self.case(layout, lengths), [1] * len(lengths), group_size)
 
     def test_attend_several_queries_causal(self, provider: KernelProvider, bits_pair: tuple[int, int | None]) -> None:
-        layout = page_layout(*bits_pair, self.head_dims[0])
+        layout = self.layout(*bits_pair, self.head_dims[0])
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [9, 40, 70]), [5, 5, 5], 2)
 
     def test_attend_ragged_queries(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 3, self.head_dims[0])
+        layout = self.layout(4, 3, self.head_dims[0])
         self.require(provider, layout, 4)
         self.check_attend(provider, self.case(layout, [9, 40, 0, 70]), [3, 1, 0, 8], 4, ragged=True)
 
@@ -328,23 +332,23 @@ class ProviderConformance:
         ids=str,
     )
     def test_attend_options(self, provider: KernelProvider, options: dict[str, Any]) -> None:
-        layout = page_layout(4, 4, self.head_dims[0])
+        layout = self.layout(4, 4, self.head_dims[0])
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [18, 40, 70]), [2, 2, 2], 2, **options)
 
     def test_attend_sinks(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 4, self.head_dims[0])
+        layout = self.layout(4, 4, self.head_dims[0])
         self.require(provider, layout, 2)
         sinks = torch.tensor([1.0, -2.0, 5.0, 0.0], device=self.device)
         self.check_attend(provider, self.case(layout, [18, 40]), [1, 1], 2, sinks=sinks)
 
     def test_attend_values_of_another_head_dim(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 4, self.head_dims[0], value_head_dim=self.head_dims[-1])
+        layout = self.layout(4, 4, self.head_dims[0], value_head_dim=self.head_dims[-1])
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [18, 40]), [1, 1], 2)
 
     def test_attend_when_nothing_is_visible(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 4, self.head_dims[0])
+        layout = self.layout(4, 4, self.head_dims[0])
         self.require(provider, layout)
         case = self.case(layout, [0, 20])
         query = random_query(case, 2, 1, self.dtype)
@@ -365,7 +369,7 @@ class ProviderConformance:
     def test_attend_any_lengths(
         self, provider: KernelProvider, lengths: list[int], group_size: int, bits: tuple[int, int], seed: int
     ) -> None:
-        layout = page_layout(*bits, self.head_dims[0])
+        layout = self.layout(*bits, self.head_dims[0])
         self.require(provider, layout, group_size)
         self.check_attend(provider, self.case(layout, lengths, seed=seed), [1] * len(lengths), group_size)
 
@@ -384,12 +388,11 @@ class ProviderConformance:
         assert isinstance(provider.priority, int)
 
     def test_workspace_is_enough(self, provider: KernelProvider) -> None:
-        layout = page_layout(4, 4, self.head_dims[0])
+        layout = self.layout(4, 4, self.head_dims[0])
         self.require(provider, layout, 2)
         case = self.case(layout, [60, 33])
         size = provider.workspace_bytes(self.request_for(layout, 2), tokens=2, batch=2)
         workspace = torch.full((size,), NAN_BYTE, dtype=torch.uint8, device=self.device)
-        self.check_attend(provider, case, [1, 1], 2, workspace=None)
         query = random_query(case, 2, 2, self.dtype)
         arguments = (query, case.pages, case.block_table, case.seq_lens, case.codec)
         got = provider.attend(*arguments, scaling=0.1, workspace=workspace)
