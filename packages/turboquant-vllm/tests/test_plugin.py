@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 import pytest
+
 from turboquant_vllm import register
 
 

@@ -1,0 +1,239 @@
+"""Every check of this repository. ``nox`` runs the default set, ``nox -l`` lists all of it, CI calls nothing else.
+
+What works on the checkout runs in one environment, ``.nox/dev``, so that torch is installed once. What a user would
+install is tested in environments of its own: minimum versions, wheels, wheels together with a third-party provider.
+
+Environment variables:
+    TORCH_INDEX: the index to take torch from, in place of the choice that ``torch_source`` makes; empty for no index
+        but those that pip is configured with.
+    MINIMUM_TORCH: the torch version that ``tests-core-minimums`` installs in place of the pinned one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = [
+    "lint",
+    "typecheck",
+    "tests-core",
+    "tests-triton",
+    "tests-hf(max)",
+    "tests-vllm",
+    "build",
+    "integration",
+    "smoke",
+    "docs",
+]
+
+DIST = Path("dist")
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+CONSTRAINTS = Path("constraints.txt")
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+NEEDS = {
+    "core": ("core",),
+    "triton": ("core", "triton"),
+    "hf": ("core", "triton", "hf"),
+    "vllm": ("core", "triton", "vllm"),
+}
+TEST_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def folder(package: str) -> str:
+    return f"packages/turboquant-{package}"
+
+
+def wheel(package: str) -> str:
+    (found,) = DIST.glob(f"turboquant_{package}-*.whl")
+    return str(found)
+
+
+def group(name: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+def pinned(requirement: str) -> str:
+    (version,) = re.findall(rf"^{requirement}==(\S+)$", CONSTRAINTS.read_text(), flags=re.MULTILINE)
+    return version
+
+
+@cache
+def offers_cpu_build(python: str) -> bool:
+    command = [python, "-m", "pip", "index", "versions", "torch"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return f"{pinned('torch')}+cpu" in listed
+
+
+def torch_source(session: nox.Session) -> list[str]:
+    """Options that make pip find the CPU build of torch.
+
+    The torch on PyPI for Linux is the CUDA build, gigabytes that no session here uses. Nothing is added where pip's
+    own configuration (a mirror, a folder of wheels) already offers the CPU build.
+    """
+    chosen = os.environ.get("TORCH_INDEX")
+    if chosen is not None:
+        return ["--extra-index-url", chosen] if chosen else []
+    if sys.platform != "linux" or offers_cpu_build(f"{session.bin}/python"):
+        return []
+    return ["--extra-index-url", TORCH_CPU_INDEX]
+
+
+def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
+    session.install("-c", str(constraints), *torch_source(session), *requirements)
+
+
+def editable(*packages: str) -> list[str]:
+    return [argument for package in packages for argument in ("-e", folder(package))]
+
+
+def triton() -> list[str]:
+    """torch's CPU build brings no triton; the interpreter needs one, and it exists for Linux only."""
+    return ["triton"] if sys.platform == "linux" else []
+
+
+def run_in_dev(session: nox.Session, *command: str, **environment: str) -> None:
+    """Run ``python *command`` in the environment that the session ``dev`` made."""
+    python = session.cache_dir.parent / "dev" / "bin" / "python"
+    session.run(str(python), *command, env={**TEST_ENVIRONMENT, **environment}, external=True)
+
+
+def pytest(session: nox.Session, *paths: str) -> None:
+    session.run("python", "-m", "pytest", *paths, *session.posargs, env=TEST_ENVIRONMENT)
+
+
+@nox.session(default=False)
+def dev(session: nox.Session) -> None:
+    """Make .nox/dev: the four packages editable, with every tool."""
+    tools = (*group("lint"), *group("typecheck"), *group("figures"), *triton())
+    install(session, *editable(*NEEDS), *tools)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, banned imports and formatting."""
+    install(session, *group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def typecheck(session: nox.Session) -> None:
+    """Mypy in strict mode over what ships."""
+    run_in_dev(session, "-m", "mypy", *(f"{folder(package)}/src" for package in NEEDS))
+
+
+@nox.session(name="tests-core", venv_backend="none", requires=["dev"])
+def tests_core(session: nox.Session) -> None:
+    """Unit tests of core, and the conformance suite against the reference."""
+    run_in_dev(session, "-m", "pytest", f"{folder('core')}/tests", *session.posargs)
+
+
+@nox.session(name="tests-core-minimums", default=False)
+def tests_core_minimums(session: nox.Session) -> None:
+    """The tests of core with the lowest versions that it declares."""
+    constraints = Path("constraints-minimums.txt")
+    minimum = os.environ.get("MINIMUM_TORCH")
+    if minimum:
+        text = re.sub(r"^torch==.*$", f"torch=={minimum}", constraints.read_text(), flags=re.MULTILINE)
+        constraints = Path(session.create_tmp()) / constraints.name
+        constraints.write_text(text)
+    install(session, "-e", f"{folder('core')}[testing]", constraints=constraints)
+    pytest(session, f"{folder('core')}/tests")
+
+
+@nox.session(name="tests-triton", venv_backend="none", requires=["dev"])
+def tests_triton(session: nox.Session) -> None:
+    """The Triton kernels on a CPU, through Triton's interpreter."""
+    run_in_dev(session, "-m", "pytest", f"{folder('triton')}/tests", *session.posargs, TRITON_INTERPRET="1")
+
+
+@nox.session(name="tests-hf")
+@nox.parametrize("transformers", ["min", "max"], ids=["min", "max"])
+def tests_hf(session: nox.Session, transformers: str) -> None:
+    """The Transformers integration with the lowest and the newest supported release."""
+    constraints = CONSTRAINTS
+    if transformers == "min":
+        constraints = Path(session.create_tmp()) / CONSTRAINTS.name
+        (floor,) = re.findall(r'"transformers>=([\d.]+)"', Path(folder("hf"), "pyproject.toml").read_text())
+        lines = re.sub(r"^transformers==.*$", f"transformers=={floor}", CONSTRAINTS.read_text(), flags=re.MULTILINE)
+        constraints.write_text(lines)
+    install(session, *editable(*NEEDS["hf"]), *group("test"), *triton(), constraints=constraints)
+    pytest(session, f"{folder('hf')}/tests")
+
+
+@nox.session(name="tests-vllm", venv_backend="none", requires=["dev"])
+def tests_vllm(session: nox.Session) -> None:
+    """The plug-in's entry point; vLLM itself is not installed."""
+    run_in_dev(session, "-m", "pytest", f"{folder('vllm')}/tests", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Source distribution and wheel of each package in dist/, and a look at what is in them."""
+    install(session, *group("build"))
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in NEEDS:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(DIST), folder(package), silent=True)
+    session.run("python", "tools/check_distributions.py", str(DIST))
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+def integration(session: nox.Session) -> None:
+    """What needs more than one package, from the built wheels and with a third party's provider."""
+    core = f"{wheel('core')}[testing]"
+    others = [wheel(package) for package in NEEDS if package != "core"]
+    install(session, core, *others, "./tests-integration/third-party-provider", *group("test"), *triton())
+    pytest(session, "tests-integration")
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+@nox.parametrize("package", list(NEEDS), ids=list(NEEDS))
+def smoke(session: nox.Session, package: str) -> None:
+    """One package from its wheel in an environment that holds nothing else: import, entry points, one call."""
+    install(session, *(wheel(needed) for needed in NEEDS[package]))
+    session.run("python", "-I", "tools/smoke.py", package, env=TEST_ENVIRONMENT)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation; a broken link or an unknown name fails."""
+    install(session, *group("docs"))
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def demo(session: nox.Session) -> None:
+    """examples/demo.py."""
+    run_in_dev(session, "examples/demo.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def paper(session: nox.Session) -> None:
+    """Quick reproduction of the paper's figures; arguments replace --quick."""
+    run_in_dev(session, "benchmarks/paper.py", *(session.posargs or ["--quick"]))
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def bench(session: nox.Session) -> None:
+    """Conformance first, then the kernel benchmark: no speed of a wrong kernel is printed."""
+    run_in_dev(session, "-m", "pytest", "-q", f"{folder('core')}/tests/test_reference_conformance.py")
+    run_in_dev(session, "benchmarks/kernels.py", *session.posargs)
+
+
+@nox.session(name="tests-gpu", venv_backend="none", default=False)
+def tests_gpu(session: nox.Session) -> None:
+    """Kernels on this machine's CUDA device, in the python that runs nox, which brings its own CUDA build of torch."""
+    sources = os.pathsep.join(f"{folder(package)}/src" for package in ("core", "triton"))
+    tests = f"{folder('triton')}/tests"
+    session.run(sys.executable, "-m", "pytest", tests, *session.posargs, env={"PYTHONPATH": sources}, external=True)

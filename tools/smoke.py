@@ -1,0 +1,37 @@
+"""Import one installed package, load its entry points and make one call."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import distribution, version
+
+
+def check_core() -> None:
+    import torch
+
+    from turboquant_core import TurboQuantKVCache
+
+    cache = TurboQuantKVCache(batch=1, kv_heads=2, head_dim=64, bits=4)
+    keys = torch.randn(1, 2, 5, 64, generator=torch.Generator().manual_seed(0))
+    cache.append(keys, keys)
+    error = (cache.read().keys - keys).norm() / keys.norm()
+    assert error < 0.15, f"4-bit keys come back with a relative error of {error:.3f}"
+
+
+def main(package: str) -> None:
+    """Smoke-test ``turboquant-<package>``; an exception is a failure."""
+    name = f"turboquant-{package}"
+    module = import_module(f"turboquant_{package}")
+    assert module.__version__ == version(name)
+    missing = [public for public in module.__all__ if not hasattr(module, public)]
+    assert not missing, f"{name} lists names that it does not have: {missing}"
+    entries = distribution(name).entry_points
+    for entry in entries:
+        entry.load()()
+    check_core()
+    print(f"{name} {module.__version__}; entry points: {', '.join(entry.name for entry in entries) or 'none'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
