@@ -209,7 +209,7 @@ def smoke(session: nox.Session, package: str) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation; a broken link or an unknown name fails."""
     install(session, *group("docs"))
-    session.run("mkdocs", "build", "--strict", *session.posargs)
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

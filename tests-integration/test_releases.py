@@ -1,8 +1,10 @@
-"""Each package's version satisfies what its siblings ask of it."""
+"""Each package's version satisfies what its siblings ask of it, and the declared floors are the ones that are tested."""
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import requires, version
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -27,3 +29,14 @@ def test_a_sibling_fits(package: str, requirement: Requirement) -> None:
 def test_every_consumer_asks_for_core() -> None:
     consumers = {package for package, requirement in sibling_requirements() if requirement.name == "turboquant-core"}
     assert consumers == set(PACKAGES) - {"turboquant-core"}
+
+
+def test_the_minimums_are_those_that_core_declares() -> None:
+    text = (Path(__file__).parents[1] / "constraints-minimums.txt").read_text()
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", text, flags=re.MULTILINE))
+    asked = [Requirement(text) for text in requires("turboquant-core") or []]
+    assert {requirement.name for requirement in asked} == set(tested)
+    for requirement in asked:
+        (floor,) = (part.version for part in requirement.specifier if part.operator == ">=")
+        if requirement.name != "torch":  # its floor runs where that release is at hand
+            assert tested[requirement.name].startswith(floor), f"{requirement} is tested at {tested[requirement.name]}"

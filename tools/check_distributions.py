@@ -9,7 +9,15 @@ from email.parser import Parser
 from pathlib import Path
 
 PACKAGES = ("core", "triton", "hf", "vllm")
-DATA = {"core": ("testing/golden/layout_v1.json", "codebook/data/format.json")}
+ROOT = Path(__file__).parents[1]
+NOT_SHIPPED = {".pyc", ".pyo"}
+
+
+def source_files(package: str) -> set[str]:
+    """Every file of a package's source, data files included, relative to ``src/``."""
+    source = ROOT / "packages" / f"turboquant-{package}" / "src"
+    files = (path for path in source.rglob("*") if path.is_file() and path.suffix not in NOT_SHIPPED)
+    return {path.relative_to(source).as_posix() for path in files}
 
 
 def check_wheel(path: Path, package: str) -> list[str]:
@@ -20,8 +28,8 @@ def check_wheel(path: Path, package: str) -> list[str]:
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         fields = Parser().parsestr(archive.read(metadata).decode())
     info = metadata.removesuffix("/METADATA")
-    needed = {f"{module}/{name}" for name in ("__init__.py", "py.typed", *DATA.get(package, ()))}
-    complaints = [f"{name} is missing" for name in sorted(needed | {f"{info}/licenses/LICENSE"}) if name not in names]
+    needed = source_files(package) | {f"{module}/py.typed", f"{info}/licenses/LICENSE"}
+    complaints = [f"{name} is missing" for name in sorted(needed - names)]
     foreign = [name for name in names if not name.startswith((f"{module}/", f"{info}/"))]
     complaints += [f"{name} does not belong here" for name in sorted(foreign)]
     if fields["License-Expression"] != "Apache-2.0":
@@ -35,9 +43,8 @@ def check_sdist(path: Path, package: str) -> list[str]:
     """Complaints about a source distribution: files that are missing, or anything outside the allow-list."""
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    source = f"src/turboquant_{package}"
-    needed = {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "PKG-INFO", f"{source}/py.typed"}
-    needed |= {f"{source}/{name}" for name in DATA.get(package, ())}
+    needed = {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "PKG-INFO"}
+    needed |= {f"src/{name}" for name in source_files(package)}
     complaints = [f"{name} is missing" for name in sorted(needed - names)]
     allowed = ("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "PKG-INFO", ".gitignore", "src/", "tests/")
     return complaints + [f"{name} does not belong here" for name in sorted(names) if not name.startswith(allowed)]
