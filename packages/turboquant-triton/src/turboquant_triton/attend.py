@@ -1,0 +1,270 @@
+"""Launch attention over packed pages: prepare, attend, merge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from turboquant_core import Attended, CacheCodec, PageLayout, RawLayout
+
+from .checks import check_attend
+from .device import hadamard_int8, multiprocessors
+from .kernels.attend_merge import attend_merge_kernel
+from .kernels.attend_permute import attend_permute_kernel
+from .kernels.attend_portable import attend_portable_kernel
+from .kernels.attend_prepare import attend_prepare_kernel
+from .kernels.unpack_asm import cubic_levels, int8_levels
+from .tuning import PORTABLE, AttendConfig, attend_config
+from .workspace import AttendShape, Workspace, carve
+
+_RAW_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_WEIGHT_SHIFT = 2.0**15
+
+
+@dataclass(frozen=True, slots=True)
+class AttendOptions:
+    """Arguments of :meth:`turboquant_core.KernelProvider.attend` that do not depend on the data."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+def value_bits(layout: PageLayout) -> int:
+    """Bits of a stored value coordinate: 2, 3 or 4, or those of a raw float."""
+    return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else layout.value.bits
+
+
+def config_for(layout: PageLayout, permute: bool) -> AttendConfig:
+    """Launch parameters for a layout on the permute or the portable path."""
+    if not permute:
+        return PORTABLE
+    return attend_config(layout.key.bits, value_bits(layout), max(layout.key.head_dim, layout.value.head_dim))
+
+
+def attend(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    codec: CacheCodec,
+    options: AttendOptions,
+    *,
+    query_start_loc: Tensor | None,
+    seq_starts: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor | None,
+    workspace: Tensor | None,
+    permute: bool,
+) -> Attended:
+    """Attention of :meth:`turboquant_core.KernelProvider.attend`; ``permute`` chooses the kernel.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the workspace is too small.
+    """
+    check_attend(query, pages, block_table, seq_lens, codec.layout, options.window, options.softcap, sinks, out)
+    layout = codec.layout
+    config = config_for(layout, permute)
+    shape = AttendShape.of(layout, query, seq_lens, query_start_loc is not None, permute)
+    out = query.new_empty((*query.shape[:2], layout.value.head_dim)) if out is None else out
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    if query.shape[0] == 0:
+        return Attended(out, lse)
+    programs = config.programs_per_sm * multiprocessors(query.device)
+    space = carve(workspace, shape, programs, layout, query.device, permute)
+    _prepare(query, seq_lens, query_start_loc, seq_starts, codec, options, shape, config, space, permute)
+    run = _permute if permute else _portable
+    run(query, pages, block_table, codec, options, shape, config, space, programs, seq_starts is not None)
+    _merge(codec, sinks, out, lse, shape, space, programs, permute)
+    return Attended(out, lse)
+
+
+def _prepare(
+    query: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor | None,
+    seq_starts: Tensor | None,
+    codec: CacheCodec,
+    options: AttendOptions,
+    shape: AttendShape,
+    config: AttendConfig,
+    space: Workspace,
+    permute: bool,
+) -> None:
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    multiplier = options.scaling * math.log2(math.e)
+    if permute:
+        multiplier *= int8_levels(codec.layout.key.bits).step
+    vectors = query.shape[0] * query.shape[1]
+    attend_prepare_kernel[(vectors + 1,)](
+        query,
+        hadamard_int8(codec.layout.key.head_dim, query.device),
+        codec.key.signs,
+        space.query,
+        space.query_stats,
+        seq_lens,
+        seq_lens if seq_starts is None else seq_starts,
+        seq_lens if query_start_loc is None else query_start_loc,
+        space.plan,
+        shape.rows,
+        seq_lens.shape[0],
+        vectors,
+        query.stride(0),
+        query.stride(1),
+        multiplier,
+        options.window or 0,
+        D=codec.layout.key.head_dim,
+        KV_HEADS=codec.layout.kv_heads,
+        CHUNKS=shape.chunks,
+        GROUP=shape.group,
+        Q_LEN=shape.q_len,
+        N=shape.n,
+        BLOCK=config.block,
+        QUANTIZE=permute,
+        RAGGED=query_start_loc is not None,
+        HAS_STARTS=seq_starts is not None,
+        HAS_WINDOW=options.window is not None,
+        ROWS_BLOCK=shape.rows_block,
+        num_warps=4,
+    )
+
+
+def _permute(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    codec: CacheCodec,
+    options: AttendOptions,
+    shape: AttendShape,
+    config: AttendConfig,
+    space: Workspace,
+    programs: int,
+    has_starts: bool,
+) -> None:
+    layout = codec.layout
+    attend_permute_kernel[(programs,)](
+        space.query,
+        space.query_stats,
+        pages.view(torch.int8),
+        block_table,
+        space.plan,
+        space.partial,
+        space.stats,
+        shape.rows,
+        block_table.stride(0),
+        layout.page_bytes,
+        (options.softcap or 0.0) * math.log2(math.e),
+        options.window or 0,
+        D=layout.key.head_dim,
+        VALUE_DIM=layout.value.head_dim,
+        KEY_BITS=layout.key.bits,
+        VALUE_BITS=value_bits(layout),
+        RAW_TYPE=_RAW_TYPES[query.dtype],
+        PAGE_SIZE=layout.page_size,
+        KV_HEADS=layout.kv_heads,
+        CHUNKS=shape.chunks,
+        GROUP=shape.group,
+        Q_LEN=shape.q_len,
+        N=shape.n,
+        BLOCK=config.block,
+        HAS_STARTS=has_starts,
+        HAS_WINDOW=options.window is not None,
+        HAS_SOFTCAP=options.softcap is not None,
+        ROWS_BLOCK=shape.rows_block,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _portable(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    codec: CacheCodec,
+    options: AttendOptions,
+    shape: AttendShape,
+    config: AttendConfig,
+    space: Workspace,
+    programs: int,
+    has_starts: bool,
+) -> None:
+    layout = codec.layout
+    raw = isinstance(layout.value, RawLayout)
+    attend_portable_kernel[(programs,)](
+        space.query,
+        pages,
+        block_table,
+        space.plan,
+        space.partial,
+        space.stats,
+        codec.key.levels,
+        codec.key.levels if codec.value is None else codec.value.levels,
+        shape.rows,
+        block_table.stride(0),
+        layout.page_bytes,
+        (options.softcap or 0.0) * math.log2(math.e),
+        options.window or 0,
+        D=layout.key.head_dim,
+        VALUE_DIM=layout.value.head_dim,
+        KEY_BITS=layout.key.bits,
+        VALUE_BITS=value_bits(layout),
+        KEY_INT8=layout.key.form == "int8",
+        VALUE_INT8=not isinstance(layout.value, RawLayout) and layout.value.form == "int8",
+        RAW_TYPE=_RAW_TYPES[query.dtype],
+        RAW_BITS=value_bits(layout) if raw else 0,
+        PAGE_SIZE=layout.page_size,
+        KV_HEADS=layout.kv_heads,
+        CHUNKS=shape.chunks,
+        GROUP=shape.group,
+        Q_LEN=shape.q_len,
+        N=shape.n,
+        BLOCK=config.block,
+        HAS_WINDOW=options.window is not None,
+        HAS_SOFTCAP=options.softcap is not None,
+        ROWS_BLOCK=shape.rows_block,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _merge(
+    codec: CacheCodec,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    shape: AttendShape,
+    space: Workspace,
+    programs: int,
+    permute: bool,
+) -> None:
+    layout = codec.layout
+    rotated = codec.value is not None
+    scale = cubic_levels(layout.value.bits).step / _WEIGHT_SHIFT if permute and rotated else 1.0
+    value_dim = layout.value.head_dim
+    attend_merge_kernel[(out.shape[0] * out.shape[1],)](
+        space.partial,
+        space.stats,
+        space.plan,
+        hadamard_int8(value_dim, out.device) if rotated else space.plan,
+        codec.value.signs if codec.value is not None else space.stats,
+        space.stats if sinks is None else sinks,
+        out,
+        lse,
+        shape.rows,
+        programs,
+        scale,
+        D=value_dim,
+        KV_HEADS=layout.kv_heads,
+        CHUNKS=shape.chunks,
+        GROUP=shape.group,
+        Q_LEN=shape.q_len,
+        N=shape.n,
+        ROTATED=rotated,
+        HAS_SINKS=sinks is not None,
+        PIECES=16,
+        num_warps=4,
+    )

@@ -1,0 +1,37 @@
+"""Facts and constants of a device, looked up once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from turboquant_core.rotation import rotation_matrix
+
+_INTERPRETED_MULTIPROCESSORS = 2
+
+
+@lru_cache(maxsize=64)
+def hadamard_int8(head_dim: int, device: torch.device) -> Tensor:
+    """The Hadamard matrix of core's rotation, int8 ``[head_dim, head_dim]`` of +-1.
+
+    Made at the first call: make that call before capturing a CUDA graph.
+    """
+    unit = rotation_matrix(torch.ones(head_dim))
+    return (unit * head_dim**0.5).round().to(torch.int8).to(device)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number in the interpreter, where programs run one after the other."""
+    if device.type == "cpu":
+        return _INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=16)
+def has_permute(device: torch.device) -> bool:
+    """Whether byte-permute PTX runs: an NVIDIA GPU from sm_80 with a CUDA build of torch."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,236 @@
+"""Packed keys and values as tensor-core operands, and the products with them: device functions, one per width.
+
+Tokens are rows of the key product and columns of the value product, so that a packed tile is loaded once in the layout
+of the operand and unpacked in registers (:mod:`turboquant_triton.kernels.unpack_asm`); query heads are the short side.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .unpack_asm import (
+    KEY2,
+    KEY2_CONSTRAINTS,
+    KEY3,
+    KEY3_CONSTRAINTS,
+    KEY4,
+    KEY4_CONSTRAINTS,
+    VALUE2,
+    VALUE2_CONSTRAINTS,
+    VALUE3,
+    VALUE3_CONSTRAINTS,
+    VALUE4,
+    VALUE4_CONSTRAINTS,
+)
+
+
+@triton.jit
+def padded(size: tl.constexpr, least: tl.constexpr) -> tl.constexpr:
+    """Smallest power of two that holds ``size`` and ``least``."""
+    power: tl.constexpr = triton.next_power_of_2(size)
+    return power if power > least else least
+
+
+@triton.jit
+def load_query(q, coordinate, valid, N: tl.constexpr, D: tl.constexpr):
+    """int8 ``[len(coordinate), N]``: rows of the rotated query in the order in which keys are unpacked."""
+    n = tl.arange(0, N)
+    return tl.load(q + n[None, :] * D + coordinate[:, None], mask=valid[:, None], other=0)
+
+
+@triton.jit
+def query_operands(q, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """The query tiles that :func:`key_product` multiplies with, for one int8 ``[N, D]`` query block at ``q``."""
+    if BITS == 4:
+        BYTES4: tl.constexpr = triton.next_power_of_2(D // 2)
+        byte4 = tl.arange(0, BYTES4)
+        low4 = 8 * (byte4 // 4) + byte4 % 4
+        return (
+            load_query(q, low4, low4 < D, N, D),
+            load_query(q, low4 + 4, low4 + 4 < D, N, D),
+        )
+    elif BITS == 3:
+        column = tl.arange(0, 2 * triton.next_power_of_2(max(D // 8, 16)))
+        byte3 = (column // 32) * 16 + column % 16
+        second = (column % 32) // 16
+        low3 = 8 * (byte3 // 4) + byte3 % 4
+        first_group = second * (D // 4) + low3
+        last_group = first_group + D // 2
+        return (
+            load_query(q, first_group, low3 < D // 4, N, D),
+            load_query(q, first_group + 4, low3 + 4 < D // 4, N, D),
+            load_query(q, last_group, low3 < D // 4, N, D),
+            load_query(q, last_group + 4, low3 + 4 < D // 4, N, D),
+        )
+    else:
+        byte2 = tl.arange(0, triton.next_power_of_2(max(D // 4, 32)))
+        low2 = 8 * (byte2 // 4) + byte2 % 4
+        return (
+            load_query(q, low2, low2 < D // 2, N, D),
+            load_query(q, low2 + 4, low2 + 4 < D // 2, N, D),
+            load_query(q, low2 + D // 2, low2 < D // 2, N, D),
+            load_query(q, low2 + 4 + D // 2, low2 + 4 < D // 2, N, D),
+        )
+
+
+@triton.jit
+def load_columns(row, column, valid, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """Tile ``[tokens, columns]`` at per-token pointers; columns that are not ``valid`` read as zero."""
+    if FULL:
+        return tl.load(row[:, None] + column[None, :])
+    else:
+        return tl.load(row[:, None] + column[None, :], mask=valid[None, :], other=0)
+
+
+@triton.jit
+def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
+    """int32 ``[tokens, N]``: ``sum_i key_byte_i * query_i`` for the code rows at ``row`` (pointers to int8)."""
+    if BITS == 4:
+        BYTES4: tl.constexpr = triton.next_power_of_2(D // 2)
+        byte4 = tl.arange(0, BYTES4)
+        word4 = load_columns(row, byte4, byte4 < D // 2, D // 2, BYTES4 == D // 2)
+        low4, high4 = tl.inline_asm_elementwise(
+            KEY4, KEY4_CONSTRAINTS, [word4], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+        score = tl.dot(low4, query[0], out_dtype=tl.int32)
+        return tl.dot(high4, query[1], score, out_dtype=tl.int32)
+    elif BITS == 3:
+        PLANE: tl.constexpr = D // 8
+        column = tl.arange(0, 2 * triton.next_power_of_2(max(PLANE, 16)))
+        byte3 = (column // 32) * 16 + column % 16
+        second = (column % 32) // 16
+        FULL3: tl.constexpr = PLANE == triton.next_power_of_2(max(PLANE, 16))
+        front = load_columns(row, second * PLANE + byte3, byte3 < PLANE, PLANE, FULL3)
+        back = load_columns(row, 2 * PLANE + byte3, (byte3 < PLANE) & (second == 0), PLANE, False)
+        low_f, high_f, low_b, high_b = tl.inline_asm_elementwise(
+            KEY3, KEY3_CONSTRAINTS, [front, back], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=16
+        )
+        score = tl.dot(low_f, query[0], out_dtype=tl.int32)
+        score = tl.dot(high_f, query[1], score, out_dtype=tl.int32)
+        score = tl.dot(low_b, query[2], score, out_dtype=tl.int32)
+        return tl.dot(high_b, query[3], score, out_dtype=tl.int32)
+    else:
+        BYTES2: tl.constexpr = triton.next_power_of_2(max(D // 4, 32))
+        byte2 = tl.arange(0, BYTES2)
+        word2 = load_columns(row, byte2, byte2 < D // 4, D // 4, BYTES2 == D // 4)
+        a, b, c, d = tl.inline_asm_elementwise(
+            KEY2, KEY2_CONSTRAINTS, [word2], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        )
+        score = tl.dot(a, query[0], out_dtype=tl.int32)
+        score = tl.dot(b, query[1], score, out_dtype=tl.int32)
+        score = tl.dot(c, query[2], score, out_dtype=tl.int32)
+        return tl.dot(d, query[3], score, out_dtype=tl.int32)
+
+
+@triton.jit
+def zero_output(BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Accumulators float32 ``[rows, N]``, one for each unpacked value operand."""
+    if BITS == 16:
+        return (tl.zeros((triton.next_power_of_2(D), N), tl.float32),)
+    elif BITS == 4:
+        zero4 = tl.zeros((triton.next_power_of_2(max(D // 4, 16)), N), tl.float32)
+        return (zero4, zero4, zero4, zero4)
+    elif BITS == 3:
+        zero3 = tl.zeros((2 * triton.next_power_of_2(max(D // 16, 8)), N), tl.float32)
+        return (zero3, zero3, zero3, zero3, zero3, zero3, zero3, zero3)
+    else:
+        zero2 = tl.zeros((triton.next_power_of_2(max(D // 8, 16)), N), tl.float32)
+        return (zero2, zero2, zero2, zero2, zero2, zero2, zero2, zero2)
+
+
+@triton.jit
+def load_rows(row, line, valid, FULL: tl.constexpr):
+    """Tile ``[lines, tokens]`` at per-token pointers: the transposed view, as the value operand needs it."""
+    if FULL:
+        return tl.load(row[None, :] + line[:, None])
+    else:
+        return tl.load(row[None, :] + line[:, None], mask=valid[:, None], other=0)
+
+
+@triton.jit
+def add_values(output, row, weight, decay, BITS: tl.constexpr, D: tl.constexpr):
+    """``output * decay + V^T weight`` for the code rows at ``row`` (int16 pointers; raw: the values' type)."""
+    if BITS == 16:
+        LINES: tl.constexpr = triton.next_power_of_2(D)
+        line = tl.arange(0, LINES)
+        value = load_rows(row, line, line < D, LINES == D)
+        return (tl.dot(value, weight.to(value.dtype), output[0] * decay),)
+    elif BITS == 4:
+        WORDS4: tl.constexpr = triton.next_power_of_2(max(D // 4, 16))
+        word4 = tl.arange(0, WORDS4)
+        packed4 = load_rows(row, word4, word4 < D // 4, WORDS4 == D // 4)
+        v0, v1, v2, v3 = tl.inline_asm_elementwise(
+            VALUE4, VALUE4_CONSTRAINTS, [packed4], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+        )
+        return (
+            tl.dot(v0, weight, output[0] * decay),
+            tl.dot(v1, weight, output[1] * decay),
+            tl.dot(v2, weight, output[2] * decay),
+            tl.dot(v3, weight, output[3] * decay),
+        )
+    elif BITS == 3:
+        PLANE: tl.constexpr = D // 16
+        LINES3: tl.constexpr = 2 * triton.next_power_of_2(max(PLANE, 8))
+        line3 = tl.arange(0, LINES3)
+        word3 = (line3 // 16) * 8 + line3 % 8
+        second = (line3 % 16) // 8
+        front = load_rows(row, second * PLANE + word3, word3 < PLANE, LINES3 == 2 * PLANE)
+        back = load_rows(row, 2 * PLANE + word3, (word3 < PLANE) & (second == 0), False)
+        f0, f1, f2, f3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            VALUE3, VALUE3_CONSTRAINTS, [front, back], dtype=(tl.float16,) * 8, is_pure=True, pack=4
+        )
+        return (
+            tl.dot(f0, weight, output[0] * decay),
+            tl.dot(f1, weight, output[1] * decay),
+            tl.dot(f2, weight, output[2] * decay),
+            tl.dot(f3, weight, output[3] * decay),
+            tl.dot(b0, weight, output[4] * decay),
+            tl.dot(b1, weight, output[5] * decay),
+            tl.dot(b2, weight, output[6] * decay),
+            tl.dot(b3, weight, output[7] * decay),
+        )
+    else:
+        WORDS2: tl.constexpr = triton.next_power_of_2(max(D // 8, 16))
+        word2 = tl.arange(0, WORDS2)
+        packed2 = load_rows(row, word2, word2 < D // 8, WORDS2 == D // 8)
+        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+            VALUE2, VALUE2_CONSTRAINTS, [packed2], dtype=(tl.float16,) * 8, is_pure=True, pack=2
+        )
+        return (
+            tl.dot(w0, weight, output[0] * decay),
+            tl.dot(w1, weight, output[1] * decay),
+            tl.dot(w2, weight, output[2] * decay),
+            tl.dot(w3, weight, output[3] * decay),
+            tl.dot(w4, weight, output[4] * decay),
+            tl.dot(w5, weight, output[5] * decay),
+            tl.dot(w6, weight, output[6] * decay),
+            tl.dot(w7, weight, output[7] * decay),
+        )
+
+
+@triton.jit
+def store_output(target, output, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Write the accumulators in coordinate order: float32 ``[N, D]`` at ``target``."""
+    n = tl.arange(0, N)[None, :] * D
+    if BITS == 16:
+        line = tl.arange(0, triton.next_power_of_2(D))[:, None]
+        tl.store(target + n + line, output[0], mask=line < D)
+    elif BITS == 4:
+        word4 = tl.arange(0, triton.next_power_of_2(max(D // 4, 16)))[:, None]
+        for j in tl.static_range(4):
+            tl.store(target + n + 4 * word4 + j, output[j], mask=word4 < D // 4)
+    elif BITS == 3:
+        PLANE: tl.constexpr = D // 16
+        line3 = tl.arange(0, 2 * triton.next_power_of_2(max(PLANE, 8)))[:, None]
+        word3 = (line3 // 16) * 8 + line3 % 8
+        group = (line3 % 16) // 8
+        for j in tl.static_range(4):
+            front = target + n + group * (D // 4) + 4 * word3 + j
+            tl.store(front, output[j], mask=word3 < PLANE)
+            tl.store(front + D // 2, output[4 + j], mask=word3 < PLANE)
+    else:
+        word2 = tl.arange(0, triton.next_power_of_2(max(D // 8, 16)))[:, None]
+        for j in tl.static_range(4):
+            tl.store(target + n + 4 * word2 + j, output[2 * j], mask=word2 < D // 8)
+            tl.store(target + n + D // 2 + 4 * word2 + j, output[2 * j + 1], mask=word2 < D // 8)

@@ -1,0 +1,143 @@
+"""Attention over packed pages with keys and values unpacked in registers (NVIDIA GPUs from sm_80)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attend_operands import add_values, key_product, query_operands, store_output, zero_output
+from .attend_plan import load_piece
+
+# exp2(-24) is the smallest positive fp16: every stored scale but zero is at least that.
+SMALLEST_SCALE = tl.constexpr(2.0**-24)
+# Weights reach the value product as fp16 in 0 .. 2**15, so that small ones keep their bits.
+WEIGHT_SHIFT = tl.constexpr(2.0**15)
+NEVER = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def log2_approx(x):
+    """Base-2 logarithm of positive normal numbers to 22 bits, in one instruction."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def attend_permute_kernel(
+    query,  # int8 [items, N, D], rotated
+    query_stats,  # float32 [items, 2, N]: multiplier and offset of the int8 scores, base-2 logarithm units
+    pages,  # uint8 [num_pages, KV_HEADS, chunk_bytes], as int8
+    block_table,  # int32 [batch, block_table_stride]
+    plan,  # int32, see attend_plan
+    partial,  # float32 [items + programs, N, VALUE_DIM]
+    stats,  # float32 [items + programs, 2, N]: running maximum and sum
+    rows,
+    block_table_stride,
+    page_stride,
+    softcap_log2,
+    window,
+    D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    RAW_TYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr,
+):
+    KEY_ROW: tl.constexpr = D * KEY_BITS // 8
+    VALUE_ROW: tl.constexpr = VALUE_DIM * VALUE_BITS // 8
+    VALUE_OFFSET: tl.constexpr = PAGE_SIZE * KEY_ROW
+    KEY_SCALE_OFFSET: tl.constexpr = VALUE_OFFSET + PAGE_SIZE * VALUE_ROW
+    VALUE_SCALE_OFFSET: tl.constexpr = KEY_SCALE_OFFSET + PAGE_SIZE * 2
+    CHUNK_BYTES: tl.constexpr = VALUE_SCALE_OFFSET + (0 if VALUE_BITS == 16 else PAGE_SIZE * 2)
+    ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK == 0
+    VALUE_TYPE: tl.constexpr = RAW_TYPE if VALUE_BITS == 16 else tl.int16
+    VALUE_WORDS: tl.constexpr = VALUE_ROW // 2
+    program = tl.program_id(0)
+    total = tl.load(plan + rows - 1)
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
+    tile = program * share
+    stop = tl.minimum(tile + share, total)
+    token = tl.arange(0, BLOCK)
+    n = tl.arange(0, N)
+    while tile < stop:
+        piece = load_piece(plan, rows, tile, stop, KV_HEADS * CHUNKS, ROWS_BLOCK)
+        batch, item, first, last, start, end = piece
+        kv_head = (item // CHUNKS) % KV_HEADS
+        chunk = item % CHUNKS
+        q = query_operands(query + item.to(tl.int64) * N * D, KEY_BITS, N, D)
+        multiplier = tl.load(query_stats + item * 2 * N + n)
+        offset = tl.load(query_stats + item * 2 * N + N + n)
+        position = end - Q_LEN + (chunk * N + n) // GROUP
+        maximum = tl.full((N,), NEVER, tl.float32)
+        total_weight = tl.zeros((N,), tl.float32)
+        output = zero_output(VALUE_BITS, N, VALUE_DIM)
+        table = block_table + batch.to(tl.int64) * block_table_stride
+        chunk_base = pages + kv_head * CHUNK_BYTES
+        for i in range(first, last):
+            here = i * BLOCK + token
+            if ONE_PAGE:
+                page = tl.load(table + (i * BLOCK) // PAGE_SIZE).to(tl.int64)
+                base = chunk_base + page * page_stride
+                inside = (i * BLOCK) % PAGE_SIZE
+                key_rows = (base + inside * KEY_ROW) + token * KEY_ROW
+                key_scales = (base + KEY_SCALE_OFFSET + inside * 2).to(tl.pointer_type(tl.float16)) + token
+                value_rows = (base + VALUE_OFFSET + inside * VALUE_ROW).to(
+                    tl.pointer_type(VALUE_TYPE)
+                ) + token * VALUE_WORDS
+                value_scales = (base + VALUE_SCALE_OFFSET + inside * 2).to(tl.pointer_type(tl.float16)) + token
+            else:
+                pages_here = tl.load(table + here // PAGE_SIZE, mask=here < end, other=0).to(tl.int64) * page_stride
+                slot = here % PAGE_SIZE
+                bases = chunk_base + pages_here
+                key_rows = bases + slot * KEY_ROW
+                key_scales = (bases + KEY_SCALE_OFFSET + slot * 2).to(tl.pointer_type(tl.float16))
+                value_rows = (bases + VALUE_OFFSET + slot * VALUE_ROW).to(tl.pointer_type(VALUE_TYPE))
+                value_scales = (bases + VALUE_SCALE_OFFSET + slot * 2).to(tl.pointer_type(tl.float16))
+            key_scale = tl.load(key_scales).to(tl.float32)
+            score = key_product(key_rows, q, KEY_BITS, D).to(tl.float32)
+            score = (score * multiplier[None, :] + offset[None, :]) * key_scale[:, None]
+            if HAS_SOFTCAP:
+                # tanh(x) = 1 - 2 / (exp(2 x) + 1), with x = score / softcap in natural units.
+                score = softcap_log2 - 2 * softcap_log2 / (
+                    tl.exp2(score * (2.0 * 1.4426950408889634 / softcap_log2)) + 1
+                )
+            visible = (here < end)[:, None]
+            if HAS_STARTS:
+                visible = visible & (here >= start)[:, None]
+            if Q_LEN > 1:
+                visible = visible & (here[:, None] <= position[None, :])
+            if HAS_WINDOW:
+                visible = visible & (here[:, None] > position[None, :] - window)
+            score = tl.where(visible, score, NEVER)
+            if VALUE_BITS == 16:
+                lift = score
+            else:
+                value_scale = tl.where(here < end, tl.load(value_scales).to(tl.float32), 0.0)
+                lift = score + log2_approx(tl.maximum(value_scale, SMALLEST_SCALE))[:, None]
+            maximum_now = tl.maximum(maximum, tl.max(lift, 0))
+            decay = tl.exp2(maximum - maximum_now)
+            weight = tl.exp2(score - maximum_now[None, :])
+            if HAS_STARTS or Q_LEN > 1 or HAS_WINDOW:
+                # Only here can a query see nothing of a tile, with a maximum that is still NEVER.
+                weight = tl.where(visible, weight, 0.0)
+            total_weight = total_weight * decay + tl.sum(weight, 0)
+            maximum = maximum_now
+            if VALUE_BITS == 16:
+                shifted = weight
+            else:
+                shifted = (weight * (value_scale * WEIGHT_SHIFT)[:, None]).to(tl.float16)
+            output = add_values(output, value_rows, shifted, decay[None, :], VALUE_BITS, VALUE_DIM)
+        slot_out = (item + program).to(tl.int64)
+        store_output(partial + slot_out * N * VALUE_DIM, output, VALUE_BITS, N, VALUE_DIM)
+        tl.store(stats + slot_out * 2 * N + n, maximum)
+        tl.store(stats + slot_out * 2 * N + N + n, total_weight)
+        tile += last - first
