@@ -7,6 +7,7 @@ Environment variables:
     TORCH_INDEX: the index to take torch from, in place of the choice that ``torch_source`` makes; empty for no index
         but those that pip is configured with.
     MINIMUM_TORCH: the torch version that ``tests-core-minimums`` installs in place of the pinned one.
+    GPU_PYTHON: the interpreter of ``tests-gpu``; the one that runs nox where it is not set.
 """
 
 from __future__ import annotations
@@ -233,7 +234,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(name="tests-gpu", venv_backend="none", default=False)
 def tests_gpu(session: nox.Session) -> None:
-    """Kernels on this machine's CUDA device, in the python that runs nox, which brings its own CUDA build of torch."""
+    """Kernels on this machine's CUDA device, in an interpreter that has torch for CUDA and pytest already."""
+    python = os.environ.get("GPU_PYTHON", sys.executable)
     sources = os.pathsep.join(f"{folder(package)}/src" for package in ("core", "triton"))
     tests = f"{folder('triton')}/tests"
-    session.run(sys.executable, "-m", "pytest", tests, *session.posargs, env={"PYTHONPATH": sources}, external=True)
+    session.run(python, "-m", "pytest", tests, *session.posargs, env={"PYTHONPATH": sources}, external=True)

@@ -1,4 +1,4 @@
-"""Each package's version satisfies what its siblings ask of it, and the declared floors are the ones that are tested."""
+"""Versions satisfy what siblings ask of them, and the declared floors are the ones that are tested."""
 
 from __future__ import annotations
 
