@@ -13,8 +13,9 @@ from ._version import __version__
 from .codebook import Codebook, format_codebook, lloyd_max
 from .codec import CacheCodec, Codec
 from .errors import LayoutError, ProviderError, TurboQuantError
-from .kv_cache import MemoryFigures, TurboQuantKVCache
+from .kv_cache import TurboQuantKVCache
 from .layout import LAYOUT_VERSION, PageLayout, RawLayout, VectorLayout
+from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
 from .packing import pack_codes, unpack_codes
 from .provider import Attended, Gathered, KernelProvider, KernelRequest, Packed
 from .quantizer import CompressedTensor, TurboQuantMSE
@@ -35,6 +36,8 @@ __all__ = [
     "LayoutError",
     "MemoryFigures",
     "Packed",
+    "PackedPast",
+    "PackedSequences",
     "PageLayout",
     "ProviderError",
     "RawLayout",

@@ -1,36 +1,15 @@
-"""A key-value cache in packed pages that needs nothing but PyTorch."""
+"""A standalone packed KV cache: append keys and values in any chunks, read back, attend, memory figures."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .codec import CacheCodec
 from .layout import PageLayout, VectorLayout
-from .provider import Attended, Gathered, KernelProvider, KernelRequest
+from .packed_sequences import MemoryFigures, PackedSequences
+from .provider import Attended, Gathered, KernelRequest
 from .selection import select_provider
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryFigures:
-    """Bytes of a cache.
-
-    Attributes:
-        stored: bytes of the tokens held (codes and scales).
-        allocated: bytes of all pages, empty slots included.
-        uncompressed: bytes that the same tokens take in ``dtype``.
-    """
-
-    stored: int
-    allocated: int
-    uncompressed: int
-
-    @property
-    def compression_ratio(self) -> float:
-        """``uncompressed / stored``; 1.0 for an empty cache."""
-        return self.uncompressed / self.stored if self.stored else 1.0
 
 
 class TurboQuantKVCache:
@@ -50,6 +29,7 @@ class TurboQuantKVCache:
     Raises:
         LayoutError: ``head_dim``, ``bits`` or ``page_size`` is outside the format.
         ProviderError: the named provider is missing or cannot do this.
+        ValueError: ``batch`` is below 1.
     """
 
     def __init__(
@@ -72,143 +52,57 @@ class TurboQuantKVCache:
             page_size=page_size,
             kv_heads=kv_heads,
         )
-        if batch < 1:
-            raise ValueError(f"batch is {batch}; it must be at least 1")
-        self.codec = CacheCodec.create(layout, seed=seed, device=device)
-        self.dtype = dtype
-        self.batch = batch
+        codec = CacheCodec.create(layout, seed=seed, device=device)
         request = KernelRequest(layout=layout, device=torch.device(device), dtype=dtype)
-        self._provider: KernelProvider = select_provider(request, provider)
-        self._length = 0
-        self._pages = torch.zeros(layout.pages_shape(0), dtype=torch.uint8, device=device)
+        self._sequences = PackedSequences(batch, codec, select_provider(request, provider), dtype)
 
     @property
     def layout(self) -> PageLayout:
         """The page layout."""
-        return self.codec.layout
+        return self._sequences.layout
+
+    @property
+    def codec(self) -> CacheCodec:
+        """The codecs of keys and values."""
+        return self._sequences.codec
 
     @property
     def provider_name(self) -> str:
         """Kernel provider in use."""
-        return self._provider.name
+        return self._sequences.provider.name
 
     @property
     def seq_length(self) -> int:
         """Tokens of each sequence."""
-        return self._length
+        return self._sequences.length
 
     def __len__(self) -> int:
-        return self._length
+        return self.seq_length
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Pack and add tokens to every sequence.
-
-        Args:
-            keys: float ``[batch, kv_heads, tokens, head_dim]``; any number of tokens, 0 included.
-            values: the same shape.
-
-        Raises:
-            ValueError: wrong shape or dtype; nothing is added then.
-        """
-        self._check(keys, "keys")
-        self._check(values, "values")
-        if keys.shape != values.shape:
-            raise ValueError(f"keys are {tuple(keys.shape)} but values {tuple(values.shape)}; shapes must be equal")
-        tokens = keys.shape[2]
-        self._reserve(self._length + tokens)
-        slots = self._slots(self._length, self._length + tokens)
-        self._provider.store(_token_major(keys), _token_major(values), self._pages, slots, self.codec)
-        self._length += tokens
+        """Pack and add tokens to every sequence: see :meth:`PackedSequences.append`."""
+        self._sequences.append(keys, values)
 
     def read(self, start: int = 0, stop: int | None = None) -> Gathered:
-        """Decoded keys and values ``[batch, kv_heads, stop - start, head_dim]`` of ``dtype``.
+        """Decoded keys and values ``[batch, kv_heads, stop - start, head_dim]`` of the cache's dtype.
 
         Raises:
             ValueError: the range leaves the cache.
         """
-        stop = self._length if stop is None else stop
-        if not 0 <= start <= stop <= self._length:
-            raise ValueError(f"range {start}..{stop} leaves the cache, which holds {self._length} tokens")
-        return self._provider.gather(
-            self._pages, self._block_table(), self.codec, start=start, stop=stop, dtype=self.dtype
-        )
+        stop = self.seq_length if stop is None else stop
+        return self._sequences.past().read(start, stop, self._sequences.dtype)
 
     def attend(self, query: Tensor, *, scaling: float | None = None) -> Attended:
-        """Attention of the last ``q_len`` positions over everything stored.
+        """Causal attention of the last ``q_len`` positions: see :meth:`PackedPast.attend`.
 
-        Args:
-            query: ``[batch, q_heads, q_len, head_dim]``; ``q_heads`` a multiple of ``kv_heads``.
-            scaling: multiplier of Q K^T; None for ``head_dim ** -0.5``.
-
-        Returns:
-            out ``[batch, q_heads, q_len, head_dim]`` and lse float32 ``[batch, q_heads, q_len]``.
-
-        Raises:
-            ValueError: wrong shape, or more queries than tokens stored.
+        ``scaling=None`` stands for ``head_dim ** -0.5``.
         """
-        batch, q_heads, q_len, head_dim = query.shape
-        if batch != self.batch or q_len > self._length:
-            raise ValueError(
-                f"query has shape {tuple(query.shape)}; the cache has batch {self.batch} and {self._length} tokens"
-            )
-        seq_lens = torch.full((batch,), self._length, dtype=torch.int32, device=query.device)
-        flat, lse = self._provider.attend(
-            _token_major(query),
-            self._pages,
-            self._block_table(),
-            seq_lens,
-            self.codec,
-            scaling=head_dim**-0.5 if scaling is None else scaling,
-        )
-        out = flat.view(batch, q_len, q_heads, -1).transpose(1, 2)
-        return Attended(out, lse.view(batch, q_len, q_heads).transpose(1, 2))
+        return self._sequences.past().attend(query, scaling=query.shape[-1] ** -0.5 if scaling is None else scaling)
 
     def memory(self) -> MemoryFigures:
         """True bytes of the cache, scales included."""
-        vectors = self.batch * self.layout.kv_heads * self._length
-        head_dims = self.layout.key.head_dim + self.layout.value.head_dim
-        return MemoryFigures(
-            stored=vectors * self.layout.token_bytes,
-            allocated=self._pages.nbytes,
-            uncompressed=vectors * head_dims * self.dtype.itemsize,
-        )
+        return self._sequences.memory()
 
     def reset(self) -> None:
         """Forget every token and free the pages."""
-        self._length = 0
-        self._pages = self._pages.new_zeros(self.layout.pages_shape(0))
-
-    def _check(self, tensor: Tensor, name: str) -> None:
-        expected = (self.batch, self.layout.kv_heads, "tokens", self.layout.key.head_dim)
-        shape = tuple(tensor.shape)
-        if len(shape) != 4 or any(want not in (got, "tokens") for want, got in zip(expected, shape, strict=True)):
-            raise ValueError(f"{name} have shape {shape}; they must be {expected}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} are {tensor.dtype}; they must be floating-point")
-
-    def _reserve(self, tokens: int) -> None:
-        """Grow to at least double, so that appending n tokens one by one copies O(n) bytes.
-
-        Page ``p`` of sequence ``b`` is page ``p * batch + b`` of the pool, hence growth leaves old pages in place.
-        """
-        have = self._pages.shape[0] // self.batch
-        need = self.layout.pages_for(tokens)
-        if need <= have:
-            return
-        more = self._pages.new_zeros(self.layout.pages_shape((max(need, 2 * have) - have) * self.batch))
-        self._pages = torch.cat((self._pages, more))
-
-    def _block_table(self) -> Tensor:
-        per_sequence = self._pages.shape[0] // self.batch
-        pages = torch.arange(per_sequence, dtype=torch.int32, device=self._pages.device) * self.batch
-        return pages + torch.arange(self.batch, dtype=torch.int32, device=self._pages.device).unsqueeze(1)
-
-    def _slots(self, start: int, stop: int) -> Tensor:
-        position = torch.arange(start, stop, device=self._pages.device)
-        page = self._block_table()[:, position // self.layout.page_size].long()
-        return (page * self.layout.page_size + position % self.layout.page_size).flatten()
-
-
-def _token_major(x: Tensor) -> Tensor:
-    """``[batch, heads, tokens, head_dim]`` to ``[batch * tokens, heads, head_dim]``."""
-    return x.transpose(1, 2).flatten(0, 1)
+        self._sequences.reset()

@@ -1,0 +1,243 @@
+"""Packed keys and values of one layer for a batch of sequences of equal length, in pages that grow in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .codec import CacheCodec
+from .layout import PageLayout
+from .provider import Attended, Gathered, KernelProvider
+
+_GROWTH = 8
+"""New room is at least one part in this of what is there: appending one by one copies O(n) bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFigures:
+    """Bytes of a cache.
+
+    Attributes:
+        stored: bytes of the tokens held (codes and scales).
+        allocated: bytes of all pages, empty slots included.
+        uncompressed: bytes that the same tokens take in the dtype they came in.
+    """
+
+    stored: int
+    allocated: int
+    uncompressed: int
+
+    @property
+    def compression_ratio(self) -> float:
+        """``uncompressed / stored``; 1.0 for an empty cache."""
+        return self.uncompressed / self.stored if self.stored else 1.0
+
+    def __add__(self, other: MemoryFigures) -> MemoryFigures:
+        return MemoryFigures(
+            self.stored + other.stored, self.allocated + other.allocated, self.uncompressed + other.uncompressed
+        )
+
+
+def token_major(x: Tensor) -> Tensor:
+    """``[batch, heads, tokens, head_dim]`` to ``[batch * tokens, heads, head_dim]``."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPast:
+    """What the pages hold at one moment; later appends and growth do not change it.
+
+    Attributes:
+        pages: uint8 ``codec.layout.pages_shape(num_pages)``.
+        block_table: int32 ``[batch, max_pages]``.
+        length: tokens of each sequence.
+        codec: the layer's codecs.
+        provider: who computes.
+    """
+
+    pages: Tensor
+    block_table: Tensor
+    length: int
+    codec: CacheCodec
+    provider: KernelProvider
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
+        """Decoded keys and values ``[batch, kv_heads, stop - start, head_dim]``.
+
+        Raises:
+            ValueError: the range leaves the cache.
+        """
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"range {start}..{stop} leaves the cache, which holds {self.length} tokens")
+        return self.provider.gather(self.pages, self.block_table, self.codec, start=start, stop=stop, dtype=dtype)
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scaling: float,
+        seq_starts: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Attended:
+        """Causal attention of the last ``q_len`` positions over everything stored.
+
+        Args:
+            query: ``[batch, q_heads, q_len, head_dim]``; ``q_heads`` a multiple of ``kv_heads``.
+            scaling: multiplier of Q K^T.
+            seq_starts: int32 ``[batch]``, first visible position; None for 0.
+            softcap: see :meth:`KernelProvider.attend`.
+            sinks: float ``[q_heads]``, see :meth:`KernelProvider.attend`.
+
+        Returns:
+            out ``[batch, q_heads, q_len, value_head_dim]`` and lse float32 ``[batch, q_heads, q_len]``.
+
+        Raises:
+            ValueError: wrong shape, or more queries than tokens stored.
+        """
+        batch, q_heads, q_len, _ = query.shape
+        if batch != self.block_table.shape[0] or q_len > self.length:
+            raise ValueError(
+                f"query has shape {tuple(query.shape)}; the cache has batch {self.block_table.shape[0]} and "
+                f"{self.length} tokens"
+            )
+        flat, lse = self.provider.attend(
+            token_major(query),
+            self.pages,
+            self.block_table,
+            torch.full((batch,), self.length, dtype=torch.int32, device=query.device),
+            self.codec,
+            scaling=scaling,
+            seq_starts=seq_starts,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        out = flat.view(batch, q_len, q_heads, -1).transpose(1, 2)
+        return Attended(out, lse.view(batch, q_len, q_heads).transpose(1, 2))
+
+
+class PackedSequences:
+    """Pages of one layer, appended to, cropped and reindexed.
+
+    Page ``p`` of sequence ``b`` is page ``p * batch + b`` of the pool, so that growth leaves old pages in place.
+
+    Args:
+        batch: sequences.
+        codec: codecs of the layer, on the device of the pages.
+        provider: who packs and attends.
+        dtype: of keys and values handed in.
+
+    Raises:
+        ValueError: ``batch`` is below 1.
+    """
+
+    def __init__(self, batch: int, codec: CacheCodec, provider: KernelProvider, dtype: torch.dtype) -> None:
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; it must be at least 1")
+        self.codec = codec
+        self.provider = provider
+        self.dtype = dtype
+        self.length = 0
+        self._pages = torch.zeros(self.layout.pages_shape(0), dtype=torch.uint8, device=self.device)
+        self._block_table = self._table(batch, 0)
+
+    @property
+    def layout(self) -> PageLayout:
+        """The page layout."""
+        return self.codec.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages live."""
+        return self.codec.key.device
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self._block_table.shape[0]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Pack and add tokens to every sequence.
+
+        Args:
+            keys: float ``[batch, kv_heads, tokens, head_dim]``; any number of tokens, 0 included.
+            values: float ``[batch, kv_heads, tokens, value_head_dim]``.
+
+        Raises:
+            ValueError: wrong shape or dtype; nothing is added then.
+        """
+        self._check(keys, "keys", self.layout.key.head_dim)
+        self._check(values, "values", self.layout.value.head_dim)
+        if keys.shape[2] != values.shape[2]:
+            raise ValueError(f"keys are {tuple(keys.shape)} but values {tuple(values.shape)}; tokens must be equal")
+        stop = self.length + keys.shape[2]
+        self._reserve(stop)
+        slots = self._slots(self.length, stop)
+        self.provider.store(token_major(keys), token_major(values), self._pages, slots, self.codec)
+        self.length = stop
+
+    def past(self) -> PackedPast:
+        """What is held now."""
+        return PackedPast(self._pages, self._block_table, self.length, self.codec, self.provider)
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens of every sequence.
+
+        Raises:
+            ValueError: ``length`` is negative or more than is held.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop to {length} tokens: the cache holds {self.length}")
+        self.length = length
+
+    def select(self, indices: Tensor) -> None:
+        """Make sequence ``i`` a copy of the former sequence ``indices[i]`` (beams, repeats, subsets); int ``[n]``."""
+        capacity = self._block_table.shape[1]
+        pool = self._pages.view(capacity, self.batch, *self._pages.shape[1:])
+        self._pages = pool.index_select(1, indices.to(self.device)).flatten(0, 1)
+        self._block_table = self._table(len(indices), capacity)
+
+    def memory(self) -> MemoryFigures:
+        """True bytes, scales included."""
+        vectors = self.batch * self.layout.kv_heads * self.length
+        head_dims = self.layout.key.head_dim + self.layout.value.head_dim
+        return MemoryFigures(
+            stored=vectors * self.layout.token_bytes,
+            allocated=self._pages.nbytes,
+            uncompressed=vectors * head_dims * self.dtype.itemsize,
+        )
+
+    def reset(self) -> None:
+        """Forget every token and free the pages."""
+        self.length = 0
+        self._pages = self._pages.new_zeros(self.layout.pages_shape(0))
+        self._block_table = self._table(self.batch, 0)
+
+    def _check(self, tensor: Tensor, name: str, head_dim: int) -> None:
+        expected = (self.batch, self.layout.kv_heads, "tokens", head_dim)
+        shape = tuple(tensor.shape)
+        if len(shape) != 4 or any(want not in (got, "tokens") for want, got in zip(expected, shape, strict=True)):
+            raise ValueError(f"{name} have shape {shape}; they must be {expected}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} are {tensor.dtype}; they must be floating-point")
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = self._block_table.shape[1]
+        need = self.layout.pages_for(tokens)
+        if need <= capacity:
+            return
+        grown = max(need, capacity + -(-capacity // _GROWTH))
+        more = self._pages.new_zeros(self.layout.pages_shape((grown - capacity) * self.batch))
+        self._pages = torch.cat((self._pages, more))
+        self._block_table = self._table(self.batch, grown)
+
+    def _table(self, batch: int, capacity: int) -> Tensor:
+        pages = torch.arange(capacity, dtype=torch.int32, device=self.device) * batch
+        return pages + torch.arange(batch, dtype=torch.int32, device=self.device).unsqueeze(1)
+
+    def _slots(self, start: int, stop: int) -> Tensor:
+        position = torch.arange(start, stop, device=self.device)
+        page = self._block_table[:, position // self.layout.page_size].long()
+        return (page * self.layout.page_size + position % self.layout.page_size).flatten()
