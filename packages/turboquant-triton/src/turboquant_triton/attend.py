@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
 from turboquant_core import Attended, CacheCodec, PageLayout, RawLayout
 
 from .checks import check_attend
@@ -243,7 +243,7 @@ def _merge(
 ) -> None:
     layout = codec.layout
     rotated = codec.value is not None
-    scale = cubic_levels(layout.value.bits).step / _WEIGHT_SHIFT if permute and rotated else 1.0
+    scale = cubic_levels(value_bits(layout)).step / _WEIGHT_SHIFT if permute and rotated else 1.0
     value_dim = layout.value.head_dim
     attend_merge_kernel[(out.shape[0] * out.shape[1],)](
         space.partial,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from turboquant_core import PageLayout
 from turboquant_core.reference.pages import check_pages
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
 from turboquant_core.rotation import rotation_matrix
 
 _INTERPRETED_MULTIPROCESSORS = 2
@@ -18,7 +19,7 @@ def hadamard_int8(head_dim: int, device: torch.device) -> Tensor:
     Made at the first call: make that call before capturing a CUDA graph.
     """
     unit = rotation_matrix(torch.ones(head_dim))
-    return (unit * head_dim**0.5).round().to(torch.int8).to(device)
+    return unit.sign().to(device=device, dtype=torch.int8)
 
 
 @lru_cache(maxsize=16)

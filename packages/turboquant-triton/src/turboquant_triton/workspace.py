@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
+
 from turboquant_core import PageLayout
 
 from .kernels.attend_plan import PLAN_FIELDS
@@ -14,6 +15,7 @@ from .kernels.attend_plan import PLAN_FIELDS
 _ALIGNMENT = 256
 _PORTABLE_N = 16
 _WIDEST_N = 32
+_WIDEST_SEARCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,9 @@ class AttendShape:
     @classmethod
     def build(cls, rows: int, q_len: int, group: int, kv_heads: int, permute: bool) -> AttendShape:
         """Choose ``n`` and ``chunks``: as few passes over the cache as the registers allow."""
-        wanted = max(8, triton.next_power_of_2(q_len * group))
+        wanted = max(8, 1 << (q_len * group - 1).bit_length())
         n = min(wanted, _WIDEST_N) if permute else _PORTABLE_N
-        return cls(rows, q_len, group, n, triton.cdiv(q_len * group, n), kv_heads)
+        return cls(rows, q_len, group, n, -(-q_len * group // n), kv_heads)
 
     @classmethod
     def of(cls, layout: PageLayout, query: Tensor, seq_lens: Tensor, ragged: bool, permute: bool) -> AttendShape:
@@ -66,7 +68,7 @@ class AttendShape:
     @property
     def rows_block(self) -> int:
         """Rows that one program looks at together when it searches the plan."""
-        return min(triton.next_power_of_2(self.rows), 1024)
+        return min(1 << (self.rows - 1).bit_length(), _WIDEST_SEARCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +98,7 @@ def sections(
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    size = dtype.itemsize
-    for extent in shape:
-        size *= extent
-    return triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT
+    return -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
 
 
 def workspace_bytes(shape: AttendShape, programs: int, layout: PageLayout, permute: bool) -> int:
@@ -131,7 +130,6 @@ def carve(
     views, start = {}, 0
     for name, (dtype, extent) in sections(shape, programs, layout, permute).items():
         size = _nbytes(dtype, extent)
-        count = torch.Size(extent).numel()
-        views[name] = workspace[start : start + count * dtype.itemsize].view(dtype).view(extent)
+        views[name] = workspace[start : start + math.prod(extent) * dtype.itemsize].view(dtype).view(extent)
         start += size
     return Workspace(**views)

@@ -100,7 +100,7 @@ def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
         column = tl.arange(0, 2 * triton.next_power_of_2(max(PLANE, 16)))
         byte3 = (column // 32) * 16 + column % 16
         second = (column % 32) // 16
-        FULL3: tl.constexpr = PLANE == triton.next_power_of_2(max(PLANE, 16))
+        FULL3: tl.constexpr = triton.next_power_of_2(max(PLANE, 16)) == PLANE
         front = load_columns(row, second * PLANE + byte3, byte3 < PLANE, PLANE, FULL3)
         back = load_columns(row, 2 * PLANE + byte3, (byte3 < PLANE) & (second == 0), PLANE, False)
         low_f, high_f, low_b, high_b = tl.inline_asm_elementwise(

@@ -1,4 +1,4 @@
-"""Codes of single coordinates of a packed row (the layout's table "A code row"), for kernels that need no speed here."""
+"""Codes of single coordinates of a packed row (table "A code row" of the layout), for kernels that need no speed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """PTX that turns packed words into tensor-core operands without leaving registers.
 
 Keys become int8: a byte-permute instruction looks up four codes at once, because its selectors are packed nibbles.
-Values become fp16 pairs: a bit field lands in the mantissa of a constant with the right exponent, minus the middle, then
-``h * (h * h + c)``. Keys load the integer pipe and values the floating-point pipe, so that neither saturates.
+Values become fp16 pairs: a bit field lands in the mantissa of a constant with the right exponent, minus the middle,
+then ``h * (h * h + c)``. Keys load the integer pipe and values the floating-point pipe, so that neither saturates.
 
 The 4-bit and 2-bit forms work on single elements. The 3-bit forms combine registers of one MMA fragment: they rely on
 the register order of Triton's dot operands, which :mod:`turboquant_triton.self_test` checks on the device.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import triton.language as tl
+
 from turboquant_core.codebook.formats import CubicLevels, Int8Levels, format_constants
 
 # Mantissa position of a field and the power of two whose unit in the last place gives it weight one.
