@@ -1,7 +1,29 @@
-"""A packed TurboQuant KV cache for Hugging Face Transformers."""
+"""A packed TurboQuant KV cache for Hugging Face Transformers.
+
+::
+
+    from turboquant_hf import patch_model
+
+    cache = patch_model(model, bits=4)
+    model.generate(**inputs, past_key_values=cache)
+"""
 
 from __future__ import annotations
 
 from ._version import __version__
+from .cache import TurboQuantCache
+from .patch import patch_model, turboquant, unpatch_model
+from .summary import LayerSummary, Summary
+from .verify import Verification, verify_model
 
-__all__ = ["__version__"]
+__all__ = [
+    "LayerSummary",
+    "Summary",
+    "TurboQuantCache",
+    "Verification",
+    "__version__",
+    "patch_model",
+    "turboquant",
+    "unpatch_model",
+    "verify_model",
+]

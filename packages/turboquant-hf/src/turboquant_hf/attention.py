@@ -1,0 +1,154 @@
+"""The attention and mask functions that Transformers finds by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compat import ATTENTION_FUNCTIONS, MASK_FUNCTIONS, eager_mask, sdpa_attention_forward, sdpa_mask
+from .fused import LARGEST_FUSED_QUERY, fused_attention
+from .handle import PackedTensor, StepPast, packed_pair
+from .visibility import Visibility, read_mask
+
+NAME = "turboquant"
+"""Attention implementation over ``sdpa``: prefill and unpacked layers run ``sdpa``."""
+EAGER_NAME = "turboquant_eager"
+"""The same over a model's own ``eager`` attention."""
+
+# Arguments that do not change the result, or that are read below; anything else that is set is unknown.
+_HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+    "is_causal",
+    "sliding_window",
+    "dropout",
+}
+_UNDERSTOOD = {"softcap", "s_aux"}
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def _unknown_argument(kwargs: dict[str, Any]) -> str | None:
+    """The first argument that might change the result in a way that packed attention does not know."""
+    for name, value in kwargs.items():
+        if name in _UNDERSTOOD or value is None or value is False:
+            continue
+        if name not in _HARMLESS and isinstance(value, Tensor | int | float | tuple | list | dict):
+            return name
+    return "output_attentions" if kwargs.get("output_attentions") else None
+
+
+def _visibility(
+    module: torch.nn.Module, step: StepPast, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Visibility | str:
+    unknown = _unknown_argument(kwargs)
+    if unknown is not None:
+        return f"argument {unknown}"
+    if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < step.past.length:
+        return "sliding window shorter than the packed past"
+    if query.shape[2] > LARGEST_FUSED_QUERY:
+        return "a long chunk of queries over a past"
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return read_mask(mask, query.shape[0], query.shape[2], step.past.length, causal)
+
+
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """Bool ``[1, 1, q_len, length]``, aligned to the last key: what a missing mask means over a past."""
+    q_len, length = query.shape[2], key.shape[2]
+    position = torch.arange(length - q_len, length, device=query.device).view(1, 1, -1, 1)
+    return torch.arange(length, device=query.device).view(1, 1, 1, -1) <= position
+
+
+def _dense_attention(
+    base: Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    key, value = (x.dense() if isinstance(x, PackedTensor) else x for x in (key, value))
+    if mask is None and 1 < query.shape[2] < key.shape[2] and getattr(module, "is_causal", True):
+        mask = _causal_mask(query, key)
+        if base is not sdpa_attention_forward:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return base(module, query, key, value, mask, **kwargs)
+
+
+def _eager_of(module: torch.nn.Module) -> Attention:
+    """The eager attention of the file that defines ``module``: models differ there."""
+    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+
+
+def _attend(
+    base: Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    step = packed_pair(key, value)
+    if step is None:
+        return _dense_attention(base, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    visibility = _visibility(module, step, query, attention_mask, kwargs)
+    if module.training and kwargs.get("dropout"):
+        visibility = "attention dropout"
+    if isinstance(visibility, str):
+        step.counters.decoded(visibility)
+        return _dense_attention(base, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    step.counters.paths["fused"] += 1
+    out = fused_attention(
+        step,
+        query,
+        visibility,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def turboquant_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a model patched over ``sdpa``.
+
+    Args:
+        module: the attention layer.
+        query: ``[batch, q_heads, q_len, head_dim]``.
+        key: ``[batch, kv_heads, length, head_dim]``, packed or not.
+        value: ``[batch, kv_heads, length, value_head_dim]``, packed or not.
+        attention_mask: what the mask function of the same name made.
+        kwargs: ``scaling``, ``dropout``, and what a model adds; an unknown argument decodes and runs ``sdpa``.
+
+    Returns:
+        ``[batch, q_len, q_heads, value_head_dim]`` and None.
+    """
+    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+
+
+def turboquant_eager_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`turboquant_attention` for a model that runs its own ``eager`` attention."""
+    return _attend(_eager_of(module), module, query, key, value, attention_mask, **kwargs)
+
+
+def register() -> None:
+    """Register both names with Transformers, each with the mask function of its base. Idempotent."""
+    ATTENTION_FUNCTIONS.register(NAME, turboquant_attention)
+    ATTENTION_FUNCTIONS.register(EAGER_NAME, turboquant_eager_attention)
+    # Without a mask function of the same name, Transformers drops every mask.
+    MASK_FUNCTIONS.register(NAME, sdpa_mask)
+    MASK_FUNCTIONS.register(EAGER_NAME, eager_mask)

@@ -1,0 +1,74 @@
+"""A Transformers cache whose full-attention layers keep their past packed."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+
+from transformers import PreTrainedConfig
+
+from turboquant_core import MemoryFigures
+
+from .compat import DynamicCache, DynamicLayer
+from .layer import TurboQuantLayer
+from .options import Bits, CacheOptions, CompressV
+from .summary import LayerSummary, Summary, dense_memory
+
+
+class TurboQuantCache(DynamicCache):  # type: ignore[misc]
+    """Drop-in for ``DynamicCache``: pass it as ``past_key_values``.
+
+    Full-attention layers are packed; sliding-window, linear-attention and other special layers stay as Transformers
+    makes them, and :meth:`summary` says so. Works on an untouched model (its ``scaled_dot_product_attention`` is
+    intercepted) and on a patched one (:func:`turboquant_hf.patch_model`).
+
+    A cache belongs to one conversation: start an unrelated prompt with a new cache or after :meth:`reset`.
+
+    Args:
+        config: of the model.
+        bits: 2, 3 or 4, or a pair (keys, values).
+        compress_v: True, False, ``"boundary"`` (first and last two layers keep values in full precision) or a
+            callable ``(layer_idx, n_layers) -> bool``.
+        seed: rotation seed.
+        page_size: tokens of a page, a multiple of 16.
+        provider: kernel provider by name; None selects one.
+
+    Raises:
+        ValueError: an option is out of range, or the model has no layer that can be packed.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        bits: Bits = 4,
+        *,
+        compress_v: CompressV = True,
+        seed: int = 42,
+        page_size: int = 64,
+        provider: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.options = CacheOptions(bits, compress_v, seed, page_size, provider)
+        n_layers = len(self.layers)
+        self.layers = [
+            # Exactly this type: subclasses keep more than keys and values.
+            TurboQuantLayer(index, n_layers, self.options) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(self.layers)
+        ]
+        if not any(isinstance(layer, TurboQuantLayer) for layer in self.layers):
+            kinds = sorted({type(layer).__name__ for layer in self.layers}) or ["none"]
+            raise ValueError(
+                f"{type(config).__name__} has no full-attention layer to pack (its layers: {', '.join(kinds)}); "
+                "use DynamicCache for this model"
+            )
+
+    def memory(self) -> MemoryFigures:
+        """True bytes of all layers, packed or not."""
+        figures = [
+            layer.memory() if isinstance(layer, TurboQuantLayer) else dense_memory(layer) for layer in self.layers
+        ]
+        return reduce(add, figures)
+
+    def summary(self) -> Summary:
+        """Each layer with its path, calls and bytes; print it."""
+        return Summary(tuple(LayerSummary.of(index, layer) for index, layer in enumerate(self.layers)))

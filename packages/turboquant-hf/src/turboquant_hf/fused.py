@@ -1,0 +1,32 @@
+"""Attention over a packed past, whoever asked for it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .handle import StepPast
+from .visibility import Visibility
+
+LARGEST_FUSED_QUERY = 16
+"""Longer chunks read every key for many queries at once: decoding once is cheaper than packed attention."""
+
+
+def fused_attention(
+    step: StepPast,
+    query: Tensor,
+    visibility: Visibility,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of ``query`` ``[batch, q_heads, q_len, head_dim]``; result in the same form.
+
+    Queries that see all keys (no causal order) become heads of a single query token.
+    """
+    batch, q_heads, q_len, head_dim = query.shape
+    folded = not visibility.causal and q_len > 1
+    if folded:
+        query = query.reshape(batch, q_heads * q_len, 1, head_dim)
+    out = step.past.attend(query, scaling=scaling, seq_starts=visibility.seq_starts, softcap=softcap, sinks=sinks).out
+    return out.reshape(batch, q_heads, q_len, -1) if folded else out

@@ -1,0 +1,100 @@
+"""A tensor that stands for a layer's keys or values while they stay packed.
+
+It has the dense shape, dtype and device. The registered attention function and ``scaled_dot_product_attention`` use the
+packed pages; any other operation decodes first, is right, slower, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from turboquant_core import Gathered, PackedPast
+
+from .counters import LayerCounters
+
+
+class StepPast:
+    """A layer's packed past during one forward, shared by its key and its value handle.
+
+    Args:
+        past: the pages as they are now; kept even when the cache moves or grows meanwhile.
+        dtype: of the dense tensors that the handles stand for.
+        counters: where the layer counts its calls.
+    """
+
+    def __init__(self, past: PackedPast, dtype: torch.dtype, counters: LayerCounters) -> None:
+        self.past = past
+        self.dtype = dtype
+        self.counters = counters
+
+    @cached_property
+    def decoded(self) -> Gathered:
+        """Dense keys and values, decoded once however many operations ask."""
+        return self.past.read(0, self.past.length, self.dtype)
+
+
+class PackedTensor(Tensor):
+    """Keys or values ``[batch, kv_heads, length, head_dim]`` of a packed layer; see the module."""
+
+    step: StepPast
+    kind: Literal["keys", "values"]
+
+    @staticmethod
+    def __new__(cls, step: StepPast, kind: Literal["keys", "values"]) -> PackedTensor:
+        layout = step.past.codec.layout
+        head_dim = layout.key.head_dim if kind == "keys" else layout.value.head_dim
+        shape = (step.past.block_table.shape[0], layout.kv_heads, step.past.length, head_dim)
+        self: PackedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=step.dtype, device=step.past.pages.device
+        )
+        self.step, self.kind = step, kind
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"PackedTensor({self.kind}, shape={tuple(self.shape)}, bits packed, dtype={self.dtype})"
+
+    def dense(self) -> Tensor:
+        """The decoded tensor."""
+        return getattr(self.step.decoded, self.kind)  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            # Late, because the intercepted call needs the handle's class.
+            from .intercept import intercepted_attention
+
+            return intercepted_attention(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def decode(value: Any) -> Any:
+            if not isinstance(value, PackedTensor):
+                return value
+            value.step.counters.decoded(f"operation {func}")
+            return value.dense()
+
+        return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))
+
+
+def packed_pair(key: Tensor, value: Tensor) -> StepPast | None:
+    """The past that ``key`` and ``value`` both stand for; None when they are ordinary tensors."""
+    if isinstance(key, PackedTensor) and isinstance(value, PackedTensor) and key.step is value.step:
+        return key.step
+    return None

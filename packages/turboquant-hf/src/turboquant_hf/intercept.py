@@ -1,0 +1,49 @@
+"""``scaled_dot_product_attention`` on packed handles: an untouched model attends to packed pages."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fused import LARGEST_FUSED_QUERY, fused_attention
+from .handle import PackedTensor, StepPast, packed_pair
+from .visibility import Visibility, read_mask
+
+
+def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Visibility | str:
+    q_len, length = query.shape[2], step.past.length
+    if dropout > 0:
+        return "attention dropout"
+    if is_causal:
+        # torch aligns this flag to the first key, a packed past to the last.
+        return "is_causal with a past"
+    if query.shape[1] % step.past.codec.layout.kv_heads:
+        return f"{query.shape[1]} query heads over {step.past.codec.layout.kv_heads} KV heads"
+    if q_len > LARGEST_FUSED_QUERY and mask is not None:
+        return "a long chunk of queries over a past"
+    return read_mask(mask, query.shape[0], q_len, length, causal=False)
+
+
+def intercepted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Replacement of :func:`torch.nn.functional.scaled_dot_product_attention` when keys or values are packed."""
+    step = packed_pair(key, value)
+    if step is not None:
+        visibility = _readable(step, query, attn_mask, dropout_p, is_causal)
+        if isinstance(visibility, Visibility):
+            step.counters.paths["intercepted"] += 1
+            scaling = query.shape[-1] ** -0.5 if scale is None else scale
+            return fused_attention(step, query, visibility, scaling=scaling)
+        step.counters.decoded(visibility)
+    dense = [x.dense() if isinstance(x, PackedTensor) else x for x in (key, value)]
+    return F.scaled_dot_product_attention(
+        query, *dense, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )

@@ -1,0 +1,137 @@
+"""Patch a model by name only: no forward is replaced."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from turboquant_core import TurboQuantError
+
+from .attention import EAGER_NAME, NAME, register
+from .cache import TurboQuantCache
+from .compat import PreTrainedModel
+from .options import Bits, CompressV
+from .verify import verify_model
+
+_BASES = {"sdpa": NAME, "eager": EAGER_NAME}
+_NAMES = {name: base for base, name in _BASES.items()}
+_BRANCHES_ON_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\s|not in\s)")
+_USES_INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS\.get_interface\(")
+
+
+def _source(model: PreTrainedModel) -> str:
+    """Source of the file that defines the model."""
+    file = sys.modules[type(model).__module__].__file__
+    return Path(file).read_text(encoding="utf-8") if file else ""
+
+
+def can_register(model: PreTrainedModel) -> str | None:
+    """None when the model takes its attention by name; else why it is left untouched (calls are intercepted then)."""
+    base = model.config._attn_implementation
+    if base not in _BASES and base not in _NAMES:
+        return f"its attention is {base!r}, not one of {', '.join(_BASES)}: load it with attn_implementation='sdpa'"
+    source = _source(model)
+    if not _USES_INTERFACE.search(source):
+        return "its attention does not go through Transformers' attention interface"
+    if _BRANCHES_ON_NAME.search(source):
+        return "its code branches on the name of the attention implementation"
+    return None
+
+
+def _switch(model: PreTrainedModel, names: dict[str, str]) -> None:
+    current = model.config._attn_implementation
+    if current in names:
+        # The text model alone: a vision tower has no cache.
+        target: Any = names[current]
+        model.set_attn_implementation({"text_config": target} if "text_config" in model.config.sub_configs else target)
+
+
+def patch_model(
+    model: PreTrainedModel,
+    bits: Bits = 4,
+    *,
+    compress_v: CompressV = True,
+    verify: bool = True,
+    seed: int = 42,
+    page_size: int = 64,
+    provider: str | None = None,
+) -> TurboQuantCache:
+    """Make ``model`` attend to packed pages and return a cache for it.
+
+    The model's attention implementation becomes ``"turboquant"`` (over ``sdpa``; ``"turboquant_eager"`` over
+    ``eager``). A model that cannot be switched stays untouched, and its ``scaled_dot_product_attention`` is intercepted.
+
+    Args:
+        model: a decoder.
+        bits: 2, 3 or 4, or a pair (keys, values).
+        compress_v: see :class:`TurboQuantCache`.
+        verify: compare a short generation with the stock cache (:func:`turboquant_hf.verify_model`) before returning.
+        seed: rotation seed.
+        page_size: tokens of a page.
+        provider: kernel provider by name; None selects one.
+
+    Returns:
+        An empty cache: pass it as ``past_key_values``.
+
+    Raises:
+        TurboQuantError: verification failed; the model is left unpatched.
+        ValueError: an option is out of range, or no layer can be packed.
+    """
+
+    def fresh() -> TurboQuantCache:
+        return TurboQuantCache(
+            model.config, bits, compress_v=compress_v, seed=seed, page_size=page_size, provider=provider
+        )
+
+    cache = fresh()
+    if can_register(model) is None:
+        register()
+        _switch(model, _BASES)
+    if verify:
+        try:
+            verify_model(model, fresh)
+        except TurboQuantError:
+            unpatch_model(model)
+            raise
+    return cache
+
+
+def unpatch_model(model: PreTrainedModel) -> None:
+    """Give the model its attention implementation back. Idempotent."""
+    _switch(model, _NAMES)
+
+
+@contextmanager
+def turboquant(model: PreTrainedModel, bits: Bits = 4, **options: Any) -> Iterator[None]:
+    """Within the block, every ``model.generate()`` without a cache gets a fresh packed one.
+
+    Pipelines and evaluation harnesses, which do not pass ``past_key_values``, profit too.
+
+    Args:
+        model: a decoder.
+        bits: 2, 3 or 4, or a pair (keys, values).
+        options: of :func:`patch_model`.
+
+    Raises:
+        TurboQuantError: verification failed.
+        ValueError: an option is out of range.
+    """
+    patch_model(model, bits, **options)
+    cache_options = {name: value for name, value in options.items() if name != "verify"}
+    prepare = model._prepare_cache_for_generation
+
+    def with_fresh_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = TurboQuantCache(model.config, bits, **cache_options)
+        return prepare(generation_config, model_kwargs, *args, **kwargs)
+
+    model._prepare_cache_for_generation = with_fresh_cache
+    try:
+        yield
+    finally:
+        del model._prepare_cache_for_generation
+        unpatch_model(model)

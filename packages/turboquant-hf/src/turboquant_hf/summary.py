@@ -1,0 +1,73 @@
+"""What a cache reports about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from turboquant_core import MemoryFigures
+
+from .layer import TurboQuantLayer
+
+
+def dense_memory(layer: Any) -> MemoryFigures:
+    """Bytes of a layer that Transformers keeps: its keys and values, compared with themselves."""
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    return MemoryFigures(size, size, size)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """One layer.
+
+    Attributes:
+        layer_idx: position in the model.
+        path: ``fused``, ``intercepted``, ``decoded`` (or several joined by ``+``), ``unused``, or ``uncompressed``.
+        bits: (keys, values), None for full precision.
+        calls: attention calls over a packed past.
+        reasons: why calls were decoded, with their number; for an uncompressed layer, its kind.
+        memory: bytes.
+    """
+
+    layer_idx: int
+    path: str
+    bits: tuple[int | None, int | None]
+    calls: int
+    reasons: tuple[str, ...]
+    memory: MemoryFigures
+
+    @classmethod
+    def of(cls, layer_idx: int, layer: Any) -> LayerSummary:
+        """Summarise a layer of a cache."""
+        if not isinstance(layer, TurboQuantLayer):
+            return cls(layer_idx, "uncompressed", (None, None), 0, (type(layer).__name__,), dense_memory(layer))
+        counters = layer.counters
+        return cls(
+            layer_idx,
+            counters.path,
+            (layer.options.key_bits, layer.options.value_bits if layer.packs_values else None),
+            sum(counters.paths.values()),
+            tuple(f"{reason} ({count})" for reason, count in counters.reasons.items()),
+            layer.memory(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All layers; ``print`` gives a table."""
+
+    layers: tuple[LayerSummary, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':>5}  {'path':<14}{'bits':<9}{'calls':>6}{'bytes':>12}{'ratio':>7}  decoded because"]
+        for layer in self.layers:
+            bits = "/".join("full" if b is None else str(b) for b in layer.bits)
+            ratio = f"{layer.memory.compression_ratio:.2f}"
+            lines.append(
+                f"{layer.layer_idx:>5}  {layer.path:<14}{bits:<9}{layer.calls:>6}{layer.memory.stored:>12}{ratio:>7}  "
+                + "; ".join(layer.reasons)
+            )
+        return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""Compare a model over packed pages with the same model over a stock cache of the same decoded vectors.
+
+Quantization changes logits by design, wiring must not. The stock cache here holds what the pages decode to, so that
+everything that remains - masks, positions, scaling, heads - has to agree to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant_core import TurboQuantError
+
+from .cache import TurboQuantCache
+from .compat import DynamicCache, DynamicLayer, PreTrainedModel
+from .layer import TurboQuantLayer
+
+PROMPT_TOKENS = 24
+DECODE_STEPS = 4
+CHUNK_TOKENS = 3
+PADDING = 5
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Largest difference of logits allowed, relative to their root mean square.
+
+The permute kernels multiply by int8 queries, which is part of the figure.
+"""
+
+
+class DecodedLayer(DynamicLayer):  # type: ignore[misc]
+    """A stock layer that stores what packing and unpacking make of its keys and values."""
+
+    def __init__(self, packed: TurboQuantLayer) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the packed layer: raw at first, then everything that was stored."""
+        first = self.packed.get_seq_length() == 0
+        self.packed.update(key_states, value_states)
+        past = self.packed._store().past()
+        new = past.read(past.length - key_states.shape[-2], past.length, key_states.dtype)
+        stored = super().update(new.keys, new.values)
+        return (key_states, value_states) if first else stored
+
+
+def decoded_twin(cache: TurboQuantCache, config: Any) -> DynamicCache:
+    """A stock cache that holds what ``cache`` (empty, used up by this) would decode to."""
+    twin = DynamicCache(config=config)
+    twin.layers = [
+        DecodedLayer(packed) if isinstance(packed, TurboQuantLayer) else stock
+        for packed, stock in zip(cache.layers, twin.layers, strict=True)
+    ]
+    return twin
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared.
+
+    Attributes:
+        error: largest difference of logits relative to their root mean square.
+        tolerance: what is allowed.
+    """
+
+    error: float
+    tolerance: float
+
+
+def _steps(vocabulary: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(ids, mask so far) of a left-padded prompt, single tokens, and one step of several tokens."""
+    generator = torch.Generator().manual_seed(0)
+    widths = [PROMPT_TOKENS, *[1] * DECODE_STEPS, CHUNK_TOKENS]
+    ids = torch.randint(0, vocabulary, (2, sum(widths)), generator=generator).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, :PADDING] = 0
+    stops = torch.tensor(widths).cumsum(0).tolist()
+    return [(ids[:, stop - width : stop], mask[:, :stop]) for width, stop in zip(widths, stops, strict=True)]
+
+
+def _logits(model: PreTrainedModel, cache: DynamicCache, steps: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits ``[2, tokens after the prompt, vocabulary]``; positions count from the first real token."""
+    rows = []
+    for ids, mask in steps:
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        rows.append(out.logits)
+    return torch.cat(rows[1:], dim=1).float()
+
+
+@torch.no_grad()
+def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCache]) -> Verification:
+    """Check the wiring: padded batch, prompt, single steps, a step of several tokens over a past.
+
+    Args:
+        model: the model, patched or not.
+        make_cache: gives an empty packed cache.
+
+    Raises:
+        TurboQuantError: logits over packed pages differ from those over the same decoded vectors.
+    """
+    training = model.training
+    model.eval()
+    try:
+        steps = _steps(model.config.get_text_config().vocab_size, model.device)
+        packed = _logits(model, make_cache(), steps)
+        expected = _logits(model, decoded_twin(make_cache(), model.config), steps)
+    finally:
+        model.train(training)
+    error = float((packed - expected).abs().max() / expected.square().mean().sqrt())
+    tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
+    if not error <= tolerance:
+        raise TurboQuantError(
+            f"{type(model).__name__} gives other logits over packed pages than over the same vectors decoded: "
+            f"relative error {error:.3g}, allowed {tolerance:.3g}. It is left unpatched; verify=False skips this check"
+        )
+    return Verification(error, tolerance)

@@ -1,0 +1,80 @@
+"""What an attention mask says, in the terms of a packed attention: first visible position of each sequence.
+
+Packed attention is causal, aligned to the last key, with left padding. A mask that says anything else is not
+representable, and the caller decodes instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """Pattern of a call.
+
+    Attributes:
+        causal: query ``i`` of ``q_len`` sees keys up to ``length - q_len + i``; otherwise all keys.
+        seq_starts: int32 ``[batch]``, first visible key; None for 0.
+    """
+
+    causal: bool
+    seq_starts: Tensor | None = None
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    """True where a key is visible; additive masks hide with values near the dtype's minimum."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _is_additive_zero_or_hidden(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all())
+
+
+def _padding_of(mask: Tensor, length: int) -> Tensor | None:
+    """Starts of a 2D mask ``[batch, >= length]``, or None when it hides anything but a prefix."""
+    visible = mask[:, -length:].bool() if mask.shape[1] >= length else mask.bool()
+    starts = visible.int().argmax(-1)
+    expected = torch.arange(visible.shape[1], device=mask.device) >= starts.unsqueeze(1)
+    return starts.int() if torch.equal(visible, expected) else None
+
+
+def _pattern(starts: Tensor, q_len: int, length: int, causal: bool) -> Tensor:
+    """Bool ``[batch, q_len, length]`` that ``starts`` and ``causal`` stand for."""
+    key = torch.arange(length, device=starts.device)
+    visible = (key >= starts.view(-1, 1, 1)).expand(-1, q_len, -1)
+    if not causal:
+        return visible
+    query = torch.arange(length - q_len, length, device=starts.device).view(-1, 1)
+    return visible & (key <= query)
+
+
+def read_mask(mask: Tensor | None, batch: int, q_len: int, length: int, causal: bool) -> Visibility | str:
+    """Visibility of a call, or the reason why packed attention cannot express it.
+
+    Args:
+        mask: None, 2D padding ``[batch, length]``, or 4D ``[batch or 1, heads or 1, q_len, length]``, bool or additive.
+        batch: sequences.
+        q_len: queries of each.
+        length: keys of each.
+        causal: what a missing mask means for several queries.
+    """
+    if mask is None:
+        return Visibility(causal=causal or q_len == 1)
+    if mask.dim() == 2:
+        starts = _padding_of(mask, length)
+        return "padding inside a sequence" if starts is None else Visibility(True, starts)
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != length:
+        return f"mask of shape {tuple(mask.shape)}"
+    if not _is_additive_zero_or_hidden(mask):
+        return "additive bias"
+    visible = _as_bool(mask)[:, 0].expand(batch, q_len, length)
+    # The last query sees everything but the padding.
+    starts = visible[:, -1].int().argmax(-1).int()
+    for is_causal in (True, False):
+        if torch.equal(visible, _pattern(starts, q_len, length, is_causal)):
+            return Visibility(is_causal, starts if bool(starts.any()) else None)
+    return "mask that is neither causal nor padding"
