@@ -12,16 +12,19 @@ HEAVY = ["triton", "vllm"]
 ALLOWED = {
     "turboquant_core": [],
     "turboquant_triton": ["turboquant_core"],
-    "turboquant_hf": ["turboquant_core", "transformers"],
+    # triton: Transformers starts torch's compiler, which looks whether triton is there.
+    "turboquant_hf": ["turboquant_core", "transformers", "triton"],
     "turboquant_vllm": ["turboquant_core"],
 }
 WATCHED = [*ALLOWED, *HEAVY, "transformers"]
 PROBE = """
 import json, sys
+for name in {absent}:
+    sys.modules[name] = None
 import {module}
 torch = sys.modules.get("torch")
 print(json.dumps({{
-    "loaded": [name for name in {watched} if name in sys.modules],
+    "loaded": [name for name in {watched} if sys.modules.get(name)],
     "cuda": bool(torch and torch.cuda.is_initialized()),
 }}))
 """
@@ -35,14 +38,21 @@ def run(code: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("module", ALLOWED)
 def test_import_loads_only_what_the_architecture_allows(module: str) -> None:
-    seen = run(PROBE.format(module=module, watched=WATCHED))
+    seen = run(PROBE.format(module=module, watched=WATCHED, absent=[]))
     assert set(seen["loaded"]) - {module} <= set(ALLOWED[module])
     assert not seen["cuda"]
 
 
+@pytest.mark.parametrize("module", ALLOWED)
+def test_import_needs_no_package_outside_the_rules(module: str) -> None:
+    absent = [name for name in WATCHED if name != module and name not in {*ALLOWED[module]} - {"triton"}]
+    seen = run(PROBE.format(module=module, watched=WATCHED, absent=absent))
+    assert module in seen["loaded"]
+
+
 def test_looking_for_providers_loads_none() -> None:
     code = "import turboquant_core; turboquant_core.available_providers()\n"
-    seen = run(code + PROBE.format(module="turboquant_core", watched=WATCHED))
+    seen = run(code + PROBE.format(module="turboquant_core", watched=WATCHED, absent=[]))
     assert seen["loaded"] == ["turboquant_core"]
 
 

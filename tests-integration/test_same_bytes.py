@@ -8,10 +8,13 @@ import pytest
 import torch
 from example_turboquant_provider import ExampleProvider
 from torch import Tensor
+from transformers import LlamaConfig
 
-from turboquant_core import CacheCodec, PageLayout, ReferenceProvider, VectorLayout
+from turboquant_core import CacheCodec, PageLayout, ReferenceProvider, TurboQuantKVCache, VectorLayout
+from turboquant_hf import TurboQuantCache
 
 BATCH, KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 2, 64, 16
+CONFIG = LlamaConfig(hidden_size=4 * HEAD_DIM, num_attention_heads=4, num_key_value_heads=KV_HEADS, num_hidden_layers=1)
 BITS = [(4, 4), (3, 3), (2, 2), (4, 3)]
 
 
@@ -60,3 +63,34 @@ def test_a_page_holds_the_bytes_of_the_vectors(bits: tuple[int, int], provider: 
     expected = (key, value, key_scale.unsqueeze(-1).view(torch.uint8), value_scale.unsqueeze(-1).view(torch.uint8))
     for have, want in zip(stored, expected, strict=True):
         assert torch.equal(have, want.transpose(0, 1))
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_the_transformers_cache_stores_the_bytes_of_core(bits: tuple[int, int]) -> None:
+    keys, values = keys_and_values(37)
+    cache = TurboQuantCache(CONFIG, bits, page_size=PAGE_SIZE, provider="reference")
+    for part in (slice(0, 20), slice(20, 21), slice(21, 37)):
+        cache.update(keys[:, :, part], values[:, :, part], 0)
+    past = cache.layers[0].store.past()
+
+    codec = codec_for(bits)
+    assert past.codec.layout == codec.layout
+    pages = torch.zeros_like(past.pages)
+    for sequence, table in enumerate(past.block_table):
+        position = torch.arange(past.length)
+        slots = table[position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
+        vectors = (x[sequence].transpose(0, 1) for x in (keys, values))
+        ReferenceProvider().store(*vectors, pages, slots, codec)
+    assert torch.equal(past.pages, pages)
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_the_two_caches_decode_alike(bits: tuple[int, int]) -> None:
+    keys, values = keys_and_values(37)
+    core = TurboQuantKVCache(BATCH, KV_HEADS, HEAD_DIM, bits, provider="reference")
+    core.append(keys, values)
+    cache = TurboQuantCache(CONFIG, bits, provider="reference")
+    cache.update(keys, values, 0)
+    got = cache.layers[0].store.past().read(0, 37, torch.float32)
+    for have, want in zip(got, core.read(), strict=True):
+        assert torch.equal(have, want)
