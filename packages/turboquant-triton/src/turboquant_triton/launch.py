@@ -1,0 +1,134 @@
+"""What the launchers of encode, store, decode, gather and scores share: operands of the rotation, launch parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from turboquant_core import LayoutError, VectorLayout
+
+from .device import hadamard_int8, multiprocessors
+
+_LARGEST_HEAD_DIM = 256
+_SMALL_BLOCK = 16
+_LARGE_BLOCK = 64
+_PROGRAMS_PER_SM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RowsConfig:
+    """Launch parameters of a kernel that works on rows, one vector each.
+
+    Attributes:
+        block: rows of a tile.
+        width: columns of the rotation that one matrix product takes; all of them when the matrix stays on chip.
+        num_warps: warps of a program.
+        programs: programs of the grid.
+    """
+
+    block: int
+    width: int
+    num_warps: int
+    programs: int
+
+
+@lru_cache(maxsize=16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def padded(head_dim: int) -> int:
+    """Width of a tile that holds ``head_dim`` coordinates: a power of two."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def rows_config(rows: int, head_dim: int, device: torch.device) -> RowsConfig:
+    """Parameters for ``rows`` vectors of ``head_dim`` coordinates.
+
+    Few rows take the smallest tile, so that they spread over the GPU; many take one that fills the tensor cores, and
+    programs that keep the rotation matrix in shared memory over all their tiles.
+    """
+    many = rows >= _LARGE_BLOCK * multiprocessors(device) and device.type != "cpu"
+    block = _LARGE_BLOCK if many else _SMALL_BLOCK
+    programs = min(-(-rows // block), _PROGRAMS_PER_SM * multiprocessors(device))
+    return RowsConfig(block, matrix_width(head_dim, many, capability(device)), 4, programs)
+
+
+def matrix_width(head_dim: int, many: bool, compute_capability: tuple[int, int]) -> int:
+    """Columns of the rotation for one product.
+
+    Before sm_90 the matrix operand lies in registers: a slice of it has to do when a warp holds all its rows.
+    """
+    width = padded(head_dim)
+    if width > 128:
+        return 64
+    return min(width, 32) if many and compute_capability < (9, 0) else width
+
+
+def coordinates(head_dim: int, bits: int) -> list[int]:
+    """Coordinate at each position of a tile, -1 for padding.
+
+    A code row is a sequence of units of 32 bits (16 at 3 bits) with the same fields. Positions run over the units of
+    the first field, then of the second: the codes of a unit then lie in the registers of one thread.
+    """
+    groups, fields = {4: (1, 8), 3: (4, 4), 2: (2, 8)}[bits]
+    units = padded(head_dim) // (groups * fields)
+    inside = head_dim // groups
+    order = []
+    for group in range(groups):
+        for field in range(fields):
+            indices = (fields * unit + field for unit in range(units))
+            order += [group * inside + index if index < inside else -1 for index in indices]
+    return order
+
+
+@lru_cache(maxsize=64)
+def rotation_operand(head_dim: int, bits: int, device: torch.device) -> Tensor:
+    """Hadamard matrix as a kernel multiplies with it: fp16 ``[positions, padded coordinates]``, padding zero.
+
+    Row ``p`` is the matrix's row of coordinate ``coordinates(head_dim, bits)[p]``. Made at the first call: make that
+    call before capturing a CUDA graph.
+    """
+    matrix = torch.zeros(padded(head_dim), padded(head_dim), dtype=torch.float16)
+    order = torch.tensor(coordinates(head_dim, bits))
+    matrix[order >= 0, :head_dim] = hadamard_int8(head_dim, torch.device("cpu"))[order[order >= 0]].half()
+    return matrix.to(device)
+
+
+def unit_dtype(layout: VectorLayout) -> torch.dtype:
+    """Integer that holds one unit of a code row."""
+    return torch.int16 if layout.bits == 3 else torch.int32
+
+
+def units_view(codes: Tensor, layout: VectorLayout) -> Tensor:
+    """Bytes as units, sharing storage.
+
+    Raises:
+        ValueError: the bytes are not contiguous or do not start at a multiple of the unit.
+    """
+    dtype = unit_dtype(layout)
+    if not codes.is_contiguous() or codes.storage_offset() % dtype.itemsize:
+        raise ValueError(
+            f"packed bytes must be contiguous and start at a multiple of {dtype.itemsize} bytes of their storage, "
+            f"not at {codes.storage_offset()}: copy them with .clone()"
+        )
+    return codes.view(dtype)
+
+
+def aligned(codes: Tensor, layout: VectorLayout) -> Tensor:
+    """Bytes that are contiguous and start at a multiple of the unit; copied only when they do not."""
+    contiguous = codes.contiguous()
+    return contiguous.clone() if contiguous.storage_offset() % unit_dtype(layout).itemsize else contiguous
+
+
+def check_packable(layout: VectorLayout) -> None:
+    """Raise ``LayoutError`` for a head_dim whose code rows are not whole units."""
+    if layout.head_dim % 16 or layout.head_dim > _LARGEST_HEAD_DIM:
+        raise LayoutError(
+            f"head_dim is {layout.head_dim}; the Triton kernels take multiples of 16 up to {_LARGEST_HEAD_DIM}: use "
+            "the reference provider or keep this layer uncompressed"
+        )
