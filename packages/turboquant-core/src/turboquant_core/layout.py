@@ -50,7 +50,7 @@ class VectorLayout:
 
     def __post_init__(self) -> None:
         _check_head_dim(self.head_dim, HEAD_DIM_MULTIPLE)
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise LayoutError(f"bits is {self.bits!r}; the packed layout has {BITS}: choose one of them")
         if self.form not in FORMS:
             raise LayoutError(f"form is {self.form!r}; the packed layout has {FORMS}: choose one of them")

@@ -15,7 +15,7 @@ from .options import Bits, CacheOptions, CompressV
 from .summary import LayerSummary, Summary, dense_memory
 
 
-class TurboQuantCache(DynamicCache):  # type: ignore[misc]
+class TurboQuantCache(DynamicCache):
     """Drop-in for ``DynamicCache``: pass it as ``past_key_values``.
 
     Full-attention layers are packed; sliding-window, linear-attention and other special layers stay as Transformers

@@ -51,13 +51,11 @@ class PackedTensor(Tensor):
         layout = step.past.codec.layout
         head_dim = layout.key.head_dim if kind == "keys" else layout.value.head_dim
         shape = (step.past.block_table.shape[0], layout.kv_heads, step.past.length, head_dim)
-        self: PackedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=step.dtype, device=step.past.pages.device
-        )
+        self: PackedTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=step.dtype, device=step.past.pages.device)
         self.step, self.kind = step, kind
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedTensor({self.kind}, shape={tuple(self.shape)}, bits packed, dtype={self.dtype})"
 
     def dense(self) -> Tensor:
@@ -81,7 +79,7 @@ class PackedTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         def decode(value: Any) -> Any:

@@ -43,7 +43,14 @@ def intercepted_attention(
             scaling = query.shape[-1] ** -0.5 if scale is None else scale
             return fused_attention(step, query, visibility, scaling=scaling)
         step.counters.decoded(visibility)
-    dense = [x.dense() if isinstance(x, PackedTensor) else x for x in (key, value)]
+    key, value = (x.dense() if isinstance(x, PackedTensor) else x for x in (key, value))
     return F.scaled_dot_product_attention(
-        query, *dense, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )

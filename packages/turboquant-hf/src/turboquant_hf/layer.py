@@ -25,7 +25,7 @@ from .handle import PackedTensor, StepPast
 from .options import CacheOptions
 
 
-class TurboQuantLayer(DynamicLayer):  # type: ignore[misc]
+class TurboQuantLayer(DynamicLayer):
     """A full-attention layer whose past is packed.
 
     Args:
@@ -40,7 +40,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[misc]
         self.options = options
         self.packs_values = options.packs_values(layer_idx, n_layers)
         self.counters = LayerCounters()
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create the pages from the first keys ``[batch, kv_heads, tokens, head_dim]`` and values.
@@ -76,39 +76,45 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        store = self._store()
+        store = self.packed_sequences
         first = store.length == 0
         store.append(key_states, value_states)
         return (key_states, value_states) if first else self._handles()
 
-    def _store(self) -> PackedSequences:
+    @property
+    def packed_sequences(self) -> PackedSequences:
+        """The pages.
+
+        Raises:
+            RuntimeError: before the first update.
+        """
         if self.store is None:
             raise RuntimeError(f"layer {self.layer_idx} holds no tokens yet")
         return self.store
 
     def _handles(self) -> tuple[PackedTensor, PackedTensor]:
-        step = StepPast(self._store().past(), self.dtype, self.counters)
+        step = StepPast(self.packed_sequences.past(), self.dtype, self.counters)
         return PackedTensor(step, "keys"), PackedTensor(step, "values")
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """Handle of the keys; None before the first update."""
         return self._handles()[0] if self.is_initialized else None
 
     @keys.setter
-    def keys(self, value: None) -> None:
+    def keys(self, value: Tensor | None) -> None:
         self._refuse(value)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """Handle of the values; None before the first update."""
         return self._handles()[1] if self.is_initialized else None
 
     @values.setter
-    def values(self, value: None) -> None:
+    def values(self, value: Tensor | None) -> None:
         self._refuse(value)
 
-    def _refuse(self, value: None) -> None:
+    def _refuse(self, value: Tensor | None) -> None:
         if value is not None:
             raise TypeError(
                 f"layer {self.layer_idx} keeps its keys and values packed; they cannot be assigned, use update()"

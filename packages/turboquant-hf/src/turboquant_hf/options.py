@@ -39,7 +39,7 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         pair = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
-        if len(pair) != 2 or any(isinstance(b, bool) or b not in BITS for b in pair):
+        if len(pair) != 2 or any(type(b) is not int or b not in BITS for b in pair):
             raise ValueError(f"bits is {self.bits!r}; choose one of {BITS}, or a pair (keys, values) of them")
         if not (isinstance(self.compress_v, bool) or callable(self.compress_v) or self.compress_v == "boundary"):
             raise ValueError(

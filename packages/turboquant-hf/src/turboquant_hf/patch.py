@@ -63,7 +63,7 @@ def patch_model(
     """Make ``model`` attend to packed pages and return a cache for it.
 
     The model's attention implementation becomes ``"turboquant"`` (over ``sdpa``; ``"turboquant_eager"`` over
-    ``eager``). A model that cannot be switched stays untouched, and its ``scaled_dot_product_attention`` is intercepted.
+    ``eager``). A model that cannot be switched stays untouched; its ``scaled_dot_product_attention`` is intercepted.
 
     Args:
         model: a decoder.
@@ -122,16 +122,17 @@ def turboquant(model: PreTrainedModel, bits: Bits = 4, **options: Any) -> Iterat
     """
     patch_model(model, bits, **options)
     cache_options = {name: value for name, value in options.items() if name != "verify"}
-    prepare = model._prepare_cache_for_generation
+    prepare: Any = model._prepare_cache_for_generation
 
     def with_fresh_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = TurboQuantCache(model.config, bits, **cache_options)
         return prepare(generation_config, model_kwargs, *args, **kwargs)
 
-    model._prepare_cache_for_generation = with_fresh_cache
+    # On the instance, where it hides the method of the class.
+    vars(model)["_prepare_cache_for_generation"] = with_fresh_cache
     try:
         yield
     finally:
-        del model._prepare_cache_for_generation
+        del vars(model)["_prepare_cache_for_generation"]
         unpatch_model(model)

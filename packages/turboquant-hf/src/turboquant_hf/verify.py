@@ -30,25 +30,32 @@ The permute kernels multiply by int8 queries, which is part of the figure.
 """
 
 
-class DecodedLayer(DynamicLayer):  # type: ignore[misc]
+class DecodedLayer(DynamicLayer):
     """A stock layer that stores what packing and unpacking make of its keys and values."""
 
     def __init__(self, packed: TurboQuantLayer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.packed = packed
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the packed layer: raw at first, then everything that was stored."""
-        first = self.packed.get_seq_length() == 0
-        self.packed.update(key_states, value_states)
-        past = self.packed._store().past()
-        new = past.read(past.length - key_states.shape[-2], past.length, key_states.dtype)
-        stored = super().update(new.keys, new.values)
+        first = self.get_seq_length() == 0
+        if not self.packed.is_initialized:
+            self.packed.lazy_initialization(key_states, value_states)
+        stored = super().update(*self._round_trip(key_states, value_states))
         return (key_states, value_states) if first else stored
+
+    def _round_trip(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        store = self.packed.packed_sequences
+        codec, provider = store.codec, store.provider
+        key = provider.decode(provider.encode(key, codec.key), codec.key, key.dtype)
+        if codec.value is None:
+            return key, value
+        return key, provider.decode(provider.encode(value, codec.value), codec.value, value.dtype)
 
 
 def decoded_twin(cache: TurboQuantCache, config: Any) -> DynamicCache:
-    """A stock cache that holds what ``cache`` (empty, used up by this) would decode to."""
+    """A stock cache that will hold what ``cache`` (empty, and of no other use afterwards) would decode to."""
     twin = DynamicCache(config=config)
     twin.layers = [
         DecodedLayer(packed) if isinstance(packed, TurboQuantLayer) else stock

@@ -1,0 +1,98 @@
+"""A handle looks dense, decodes for any operation, and says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from turboquant_core import CacheCodec, PackedSequences, PageLayout, ReferenceProvider, VectorLayout
+from turboquant_hf.counters import LayerCounters
+from turboquant_hf.handle import PackedTensor, StepPast
+
+
+@pytest.fixture
+def step() -> StepPast:
+    layout = PageLayout(VectorLayout(32, 4, "int8"), VectorLayout(64, 4, "cubic"), page_size=16, kv_heads=2)
+    store = PackedSequences(3, CacheCodec.create(layout), ReferenceProvider(), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    store.append(torch.randn(3, 2, 20, 32, generator=generator), torch.randn(3, 2, 20, 64, generator=generator))
+    return StepPast(store.past(), torch.float32, LayerCounters())
+
+
+def test_shape_and_dtype_without_decoding(step: StepPast) -> None:
+    keys, values = PackedTensor(step, "keys"), PackedTensor(step, "values")
+    assert keys.shape == (3, 2, 20, 32)
+    assert values.shape == (3, 2, 20, 64)
+    assert keys.dtype == torch.float32
+    assert keys.numel() == 3 * 2 * 20 * 32
+    assert step.counters.path == "unused"
+    assert "keys" in repr(keys)
+
+
+def test_any_operation_decodes_and_counts(step: StepPast) -> None:
+    keys = PackedTensor(step, "keys")
+    result = (keys * 2)[:, 0].sum(-1)
+    assert type(result) is torch.Tensor
+    torch.testing.assert_close(result, (step.decoded.keys * 2)[:, 0].sum(-1))
+    assert step.counters.paths["decoded"] == 1
+    assert "mul" in next(iter(step.counters.reasons))
+
+
+@pytest.mark.parametrize("gqa", [True, False])
+def test_intercepted_attention(step: StepPast, gqa: bool) -> None:
+    query = torch.randn(3, 4 if gqa else 2, 1, 32, generator=torch.Generator().manual_seed(1))
+    keys, values = PackedTensor(step, "keys"), PackedTensor(step, "values")
+    got = F.scaled_dot_product_attention(query, keys, values, enable_gqa=gqa, scale=0.3)
+    expected = F.scaled_dot_product_attention(query, keys.dense(), values.dense(), enable_gqa=gqa, scale=0.3)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert step.counters.path == "intercepted"
+
+
+def test_query_heads_folded_into_the_token_axis(step: StepPast) -> None:
+    """Transformers packs grouped heads as if they were tokens: without a mask, each of them sees every key."""
+    query = torch.randn(3, 2, 5, 32, generator=torch.Generator().manual_seed(1))
+    keys, values = PackedTensor(step, "keys"), PackedTensor(step, "values")
+    got = F.scaled_dot_product_attention(query, keys, values)
+    torch.testing.assert_close(
+        got, F.scaled_dot_product_attention(query, keys.dense(), values.dense()), rtol=1e-5, atol=1e-5
+    )
+    assert step.counters.path == "intercepted"
+
+
+@pytest.mark.parametrize(
+    ("mask", "path"),
+    [
+        ("padding", "intercepted"),
+        ("causal", "intercepted"),
+        ("additive", "intercepted"),
+        ("hole", "decoded"),
+        ("bias", "decoded"),
+    ],
+)
+def test_masks(step: StepPast, mask: str, path: str) -> None:
+    query = torch.randn(3, 2, 4, 32, generator=torch.Generator().manual_seed(1))
+    visible = torch.ones(3, 1, 4, 20, dtype=torch.bool)
+    visible[1, ..., :6] = False
+    if mask == "causal":
+        visible &= torch.arange(20) <= torch.arange(16, 20).view(-1, 1)
+    if mask == "hole":
+        visible[2, ..., 9] = False
+    attn_mask = visible
+    if mask == "additive":
+        attn_mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    if mask == "bias":
+        attn_mask = torch.rand(visible.shape, generator=torch.Generator().manual_seed(2))
+    keys, values = PackedTensor(step, "keys"), PackedTensor(step, "values")
+    got = F.scaled_dot_product_attention(query, keys, values, attn_mask=attn_mask)
+    expected = F.scaled_dot_product_attention(query, keys.dense(), values.dense(), attn_mask=attn_mask)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert step.counters.path == path
+
+
+def test_causal_flag_of_torch_is_aligned_to_the_first_key(step: StepPast) -> None:
+    query = torch.randn(3, 2, 4, 32, generator=torch.Generator().manual_seed(1))
+    keys, values = PackedTensor(step, "keys"), PackedTensor(step, "values")
+    got = F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(query, keys.dense(), values.dense(), is_causal=True))
+    assert step.counters.reasons == {"is_causal with a past": 1}

@@ -1,0 +1,59 @@
+"""Bad options and unsuitable models: one clear error each, before anything is packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+
+from turboquant_core import LayoutError, ProviderError
+from turboquant_hf import TurboQuantCache, patch_model
+
+from .conftest import GQA, build
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 4.0, True, (4,), (4, 5), "4"])
+def test_bits(llama: Any, bits: Any) -> None:
+    with pytest.raises(ValueError, match="bits is"):
+        patch_model(llama, bits)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("options", [{"compress_v": "first"}, {"page_size": 0}, {"page_size": 20}])
+def test_other_options(llama: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        TurboQuantCache(llama.config, **options)
+
+
+def test_unknown_provider(llama: Any, prompt: torch.Tensor) -> None:
+    with pytest.raises(ProviderError, match="nowhere"):
+        llama(prompt, past_key_values=TurboQuantCache(llama.config, provider="nowhere"))
+
+
+def test_head_dim_that_cannot_be_packed(prompt: torch.Tensor) -> None:
+    model = build(LlamaConfig(**{**GQA, "head_dim": 20}), "sdpa")
+    with pytest.raises(LayoutError, match=r"layer 0 cannot be packed: head_dim is 20"):
+        patch_model(model)
+
+
+def test_model_without_full_attention() -> None:
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
+        TurboQuantCache(MistralConfig(**GQA, sliding_window=8))
+
+
+def test_assignment_and_offload_are_refused(llama: Any, prompt: torch.Tensor) -> None:
+    cache = TurboQuantCache(llama.config)
+    llama(prompt, past_key_values=cache)
+    with pytest.raises(TypeError, match="layer 0"):
+        cache.layers[0].keys = prompt
+    with pytest.raises(NotImplementedError, match="offload"):
+        cache.layers[0].offload()
+
+
+def test_public_names() -> None:
+    import turboquant_hf
+
+    assert turboquant_hf.__all__ == sorted(turboquant_hf.__all__, key=lambda name: (name.islower(), name))
+    assert all(hasattr(turboquant_hf, name) for name in turboquant_hf.__all__)
