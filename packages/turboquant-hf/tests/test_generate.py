@@ -10,6 +10,7 @@ import torch
 
 from turboquant_core import MemoryFigures
 from turboquant_hf import TurboQuantCache, patch_model, turboquant, unpatch_model
+from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.verify import decoded_twin
 
 NEW_TOKENS = 12
@@ -24,7 +25,7 @@ def caches(model: Any, **options: Any) -> tuple[TurboQuantCache, Any]:
 def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
     mask = options.pop("attention_mask", torch.ones_like(ids))
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, pad_token_id=0, **options)
+    return model.generate(ids, attention_mask=mask, pad_token_id=0, **{CACHE_ARGUMENT: cache}, **options)
 
 
 @pytest.fixture
@@ -79,9 +80,9 @@ def test_chunked_prompt(model: Any, prompt: torch.Tensor) -> None:
 def test_prompt_lookup_crops(llama: Any) -> None:
     ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
     packed, twin = caches(llama)
-    expected = generate(llama, ids, twin, prompt_lookup_num_tokens=3)
+    expected = generate(llama, ids, twin, prompt_lookup_num_tokens=3, eos_token_id=1)
     patch_model(llama, 4)
-    assert torch.equal(generate(llama, ids, packed, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(generate(llama, ids, packed, prompt_lookup_num_tokens=3, eos_token_id=1), expected)
 
 
 def test_untouched_model_outside_the_interface(falcon: Any, prompt: torch.Tensor) -> None:
@@ -138,7 +139,7 @@ def test_memory_figures(llama: Any, prompt: torch.Tensor) -> None:
 
 def test_deepcopy_shares_nothing(llama: Any, prompt: torch.Tensor) -> None:
     cache = TurboQuantCache(llama.config, page_size=16)
-    llama(prompt, past_key_values=cache)
+    llama(prompt, **{CACHE_ARGUMENT: cache})
     branch = copy.deepcopy(cache)
     continued = torch.cat((prompt, prompt[:, :4]), 1)
     expected = generate(llama, continued, copy.deepcopy(cache))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from turboquant_core import LayoutError, ProviderError
 from turboquant_hf import TurboQuantCache, patch_model
+from turboquant_hf.compat import CACHE_ARGUMENT
 
 from .conftest import GQA, build
 
@@ -29,7 +30,7 @@ def test_other_options(llama: Any, options: dict[str, Any]) -> None:
 
 def test_unknown_provider(llama: Any, prompt: torch.Tensor) -> None:
     with pytest.raises(ProviderError, match="nowhere"):
-        llama(prompt, past_key_values=TurboQuantCache(llama.config, provider="nowhere"))
+        llama(prompt, **{CACHE_ARGUMENT: TurboQuantCache(llama.config, provider="nowhere")})
 
 
 def test_head_dim_that_cannot_be_packed(prompt: torch.Tensor) -> None:
@@ -45,7 +46,7 @@ def test_model_without_full_attention() -> None:
 
 def test_assignment_and_offload_are_refused(llama: Any, prompt: torch.Tensor) -> None:
     cache = TurboQuantCache(llama.config)
-    llama(prompt, past_key_values=cache)
+    llama(prompt, **{CACHE_ARGUMENT: cache})
     with pytest.raises(TypeError, match="layer 0"):
         cache.layers[0].keys = prompt
     with pytest.raises(NotImplementedError, match="offload"):

@@ -5,7 +5,7 @@
     from turboquant_hf import patch_model
 
     cache = patch_model(model, bits=4)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values=cache before Transformers 5.24
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .summary import LayerSummary, Summary, dense_memory
 
 
 class TurboQuantCache(DynamicCache):
-    """Drop-in for ``DynamicCache``: pass it as ``past_key_values``.
+    """Drop-in for ``DynamicCache``: pass it as ``cache`` (``past_key_values`` before Transformers 5.24).
 
     Full-attention layers are packed; sliding-window, linear-attention and other special layers stay as Transformers
     makes them, and :meth:`summary` says so. Works on an untouched model (its ``scaled_dot_product_attention`` is

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASK_FUNCTIONS
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 
+CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+"""Keyword by which ``generate`` and ``forward`` take a cache: ``cache`` since Transformers 5.24."""
+
 __all__ = [
     "ATTENTION_FUNCTIONS",
+    "CACHE_ARGUMENT",
     "MASK_FUNCTIONS",
     "Cache",
     "DynamicCache",

@@ -13,7 +13,7 @@ from turboquant_core import TurboQuantError
 
 from .attention import EAGER_NAME, NAME, register
 from .cache import TurboQuantCache
-from .compat import PreTrainedModel
+from .compat import CACHE_ARGUMENT, PreTrainedModel
 from .options import Bits, CompressV
 from .verify import verify_model
 
@@ -75,7 +75,7 @@ def patch_model(
         provider: kernel provider by name; None selects one.
 
     Returns:
-        An empty cache: pass it as ``past_key_values``.
+        An empty cache: pass it to ``generate`` as ``cache`` (``past_key_values`` before Transformers 5.24).
 
     Raises:
         TurboQuantError: verification failed; the model is left unpatched.
@@ -109,7 +109,7 @@ def unpatch_model(model: PreTrainedModel) -> None:
 def turboquant(model: PreTrainedModel, bits: Bits = 4, **options: Any) -> Iterator[None]:
     """Within the block, every ``model.generate()`` without a cache gets a fresh packed one.
 
-    Pipelines and evaluation harnesses, which do not pass ``past_key_values``, profit too.
+    Pipelines and evaluation harnesses, which pass no cache, profit too.
 
     Args:
         model: a decoder.
@@ -125,8 +125,8 @@ def turboquant(model: PreTrainedModel, bits: Bits = 4, **options: Any) -> Iterat
     prepare: Any = model._prepare_cache_for_generation
 
     def with_fresh_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = TurboQuantCache(model.config, bits, **cache_options)
+        if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_ARGUMENT] = TurboQuantCache(model.config, bits, **cache_options)
         return prepare(generation_config, model_kwargs, *args, **kwargs)
 
     # On the instance, where it hides the method of the class.

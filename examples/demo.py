@@ -1,0 +1,86 @@
+"""Generate with an ordinary and with packed KV caches, and compare: text, bytes, quality, speed.
+
+``nox -s demo``, or ``python examples/demo.py`` where the packages are installed. Everything it needs is in the
+repository; it writes ``examples/output/memory.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import torch
+from comparison import BITS, Result, Sample, compare, load_model, memory_by_context
+from plots import plot_memory
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+WIDTH = 100
+NOTES = """
+bytes: keys and values of all layers, scales included. KL divergence (nats per token) and same top token: the text
+after the prompt, scored through each cache against the 16-bit cache. same text: generated tokens before the first
+that differs. tokens/s: on this machine; the PyTorch reference decodes the cache at each step, and the speed of packed
+attention comes with a GPU kernel provider."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=HERE / "models" / "tiny", help="folder of a Transformers model")
+    parser.add_argument("--text", type=Path, default=HERE / "data" / "constitution.txt", help="text file to continue")
+    parser.add_argument("--context", type=int, default=3072, help="tokens of the prompt")
+    parser.add_argument(
+        "--score", type=int, default=256, help="tokens of the text that follow, for the quality figures"
+    )
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--output", type=Path, default=HERE / "output", help="folder for the plot")
+    return parser.parse_args()
+
+
+def name(bits: int | None) -> str:
+    return "16-bit cache" if bits is None else f"{bits}-bit cache"
+
+
+def print_texts(results: list[Result], prompt_end: str) -> None:
+    print(f"\nThe prompt ends: ...{prompt_end!r}\n")
+    for result in results:
+        print(f"{name(result.bits)}:")
+        print(textwrap.fill(" ".join(result.text.split()), WIDTH, initial_indent="    ", subsequent_indent="    "))
+
+
+def print_table(results: list[Result]) -> None:
+    print(
+        f"\n{'cache':<13}{'bytes':>10}{'compression':>13}{'KL divergence':>15}{'same top token':>16}"
+        f"{'same text':>11}{'tokens/s':>10}"
+    )
+    for result in results:
+        quality = ["-", "-", "-"]
+        if result.bits is not None:
+            shared = f"{result.shared_tokens}/{result.generated}"
+            quality = [f"{result.kl_divergence:.4f}", f"{100 * result.same_top:.1f} %", shared]
+        print(
+            f"{name(result.bits):<13}{result.stored:>10}{result.compression:>12.2f}x{quality[0]:>15}{quality[1]:>16}"
+            f"{quality[2]:>11}{result.tokens_per_second:>10.1f}"
+        )
+    print(NOTES)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    model, tokenizer = load_model(arguments.model)
+    text = arguments.text.read_text(encoding="utf-8")
+    sample = Sample.take(tokenizer, text, arguments.context, arguments.score, arguments.new_tokens)
+    steps = len(BITS) * sample.steps
+    with tqdm(total=steps, desc="comparing caches", unit="step", ncols=WIDTH) as progress:
+        results = compare(model, tokenizer, sample, progress.update)
+    print_texts(results, tokenizer.decode(sample.prompt[0, -24:]))
+    print_table(results)
+    picture = plot_memory(memory_by_context(model, sample.prompt), arguments.output / "memory.png")
+    print(
+        f"\nMemory against context: {picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture}"
+    )
+
+
+if __name__ == "__main__":
+    main()
