@@ -16,6 +16,7 @@ _LARGEST_HEAD_DIM = 256
 _SMALL_BLOCK = 16
 _LARGE_BLOCK = 64
 _PROGRAMS_PER_SM = 4
+_WHOLE_MATRIX = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,21 @@ class RowsConfig:
 
     Attributes:
         block: rows of a tile.
-        width: columns of the rotation that one matrix product takes; all of them when the matrix stays on chip.
         num_warps: warps of a program.
+        num_stages: software pipeline depth.
         programs: programs of the grid.
+        most_columns: columns of the rotation that one matrix product takes at most.
     """
 
     block: int
-    width: int
     num_warps: int
+    num_stages: int
     programs: int
+    most_columns: int
+
+    def width_of(self, head_dim: int) -> int:
+        """Columns of the rotation of ``head_dim`` for one product; all of them when the matrix stays on chip."""
+        return min(padded(head_dim), self.most_columns)
 
 
 @lru_cache(maxsize=16)
@@ -53,20 +60,17 @@ def rows_config(rows: int, head_dim: int, device: torch.device) -> RowsConfig:
     programs that keep the rotation matrix in shared memory over all their tiles.
     """
     many = rows >= _LARGE_BLOCK * multiprocessors(device) and device.type != "cpu"
-    block = _LARGE_BLOCK if many else _SMALL_BLOCK
+    block = _LARGE_BLOCK if many and padded(head_dim) <= _WHOLE_MATRIX else _SMALL_BLOCK
     programs = min(-(-rows // block), _PROGRAMS_PER_SM * multiprocessors(device))
-    return RowsConfig(block, matrix_width(head_dim, many, capability(device)), 4, programs)
+    most_columns = _most_columns(block, head_dim, capability(device))
+    return RowsConfig(block, 4, 1 if most_columns < padded(head_dim) else 2, programs, most_columns)
 
 
-def matrix_width(head_dim: int, many: bool, compute_capability: tuple[int, int]) -> int:
-    """Columns of the rotation for one product.
-
-    Before sm_90 the matrix operand lies in registers: a slice of it has to do when a warp holds all its rows.
-    """
-    width = padded(head_dim)
-    if width > 128:
-        return 64
-    return min(width, 32) if many and compute_capability < (9, 0) else width
+def _most_columns(block: int, head_dim: int, compute_capability: tuple[int, int]) -> int:
+    # Before sm_90 the matrix lies in registers, all of it in each warp of a large tile.
+    if padded(head_dim) > _WHOLE_MATRIX or (block == _LARGE_BLOCK and compute_capability < (9, 0)):
+        return 32
+    return _WHOLE_MATRIX
 
 
 def coordinates(head_dim: int, bits: int) -> list[int]:

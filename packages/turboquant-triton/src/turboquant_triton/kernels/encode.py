@@ -33,10 +33,10 @@ def encode_rows(
     WIDTH: tl.constexpr,
 ):
     """Units (as :func:`pack` gives them) and fp16 scales of the vectors at ``row`` (pointers)."""
-    rotated, inverse, finite = rotate_rows(row, center_row, valid, signs, operand, D, HAS_CENTER, SPLIT, WIDTH)
-    index, negative, scale = quantize(rotated, codebook, BITS, RULE, D, D // (8 if BITS == 4 else 16))
+    rotated, multiplier = rotate_rows(row, center_row, valid, signs, operand, D, HAS_CENTER, SPLIT, WIDTH)
+    index, negative, scale, finite = quantize(rotated, codebook, BITS, RULE, D, D // (8 if BITS == 4 else 16))
     units = pack(index, negative, finite, BITS, INT8)
-    return units, stored_scale(scale * inverse * (1.0 / tl.sqrt(D * 1.0)), finite)
+    return units, stored_scale(scale / multiplier * (1.0 / tl.sqrt(D * 1.0)), finite)
 
 
 @triton.jit
@@ -63,17 +63,17 @@ def encode_kernel(
     BLOCK: tl.constexpr,
 ):
     ROW_UNITS: tl.constexpr = D * BITS // (16 if BITS == 3 else 32)
-    operand = whole_matrix(matrix, D, WIDTH)
+    operand = whole_matrix(matrix, signs, D, WIDTH)
     codebook = load_codebook(boundaries, levels, BITS)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
-        row = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        row = block * BLOCK + tl.arange(0, BLOCK)
         valid = row < rows
-        source = x + (row // inner) * outer_stride + (row % inner) * inner_stride
+        source = x + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
         units, scale = encode_rows(
             source, center + (row % inner) * D, valid, signs, operand, codebook,
             D, BITS, INT8, RULE, HAS_CENTER, SPLIT, WIDTH,
         )  # fmt: skip
-        store_units(codes + row * ROW_UNITS, units, valid, BITS, D)
+        store_units(codes + row.to(tl.int64) * ROW_UNITS, units, valid, BITS, D)
         tl.store(scales + row, scale, mask=valid)
 
 
@@ -114,9 +114,10 @@ def encode(x: Tensor, codec: Codec) -> Packed:
         RULE=codec.scale_rule,
         HAS_CENTER=codec.center is not None,
         SPLIT=needs_split(vectors, codec),
-        WIDTH=config.width,
+        WIDTH=config.width_of(layout.head_dim),
         BLOCK=config.block,
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return Packed(codes, scales)
 

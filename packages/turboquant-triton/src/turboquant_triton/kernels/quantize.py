@@ -6,85 +6,113 @@ import triton
 import triton.language as tl
 
 LARGEST_FP16 = tl.constexpr(65504.0)
+INDEX_MASK = tl.constexpr(7)
 
 
 @triton.jit
-def load_upper(table, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """``COUNT`` (1 to 8) float32 scalars from ``table + FIRST`` on; the tuple is filled up to eight."""
-    a = tl.load(table + FIRST)
-    b = tl.load(table + FIRST + min(1, COUNT - 1))
-    c = tl.load(table + FIRST + min(2, COUNT - 1))
-    d = tl.load(table + FIRST + min(3, COUNT - 1))
-    e = tl.load(table + FIRST + min(4, COUNT - 1))
-    f = tl.load(table + FIRST + min(5, COUNT - 1))
-    g = tl.load(table + FIRST + min(6, COUNT - 1))
-    h = tl.load(table + FIRST + min(7, COUNT - 1))
-    return a, b, c, d, e, f, g, h
+def load_bounds(boundaries, BITS: tl.constexpr):
+    """Positive boundaries (1, 3 or 7 scalars) of a codebook that is symmetric about 0."""
+    FIRST: tl.constexpr = 1 << (BITS - 1)
+    b0 = tl.load(boundaries + FIRST)
+    if BITS == 2:
+        return (b0,)
+    b1 = tl.load(boundaries + FIRST + 1)
+    b2 = tl.load(boundaries + FIRST + 2)
+    if BITS == 3:
+        return b0, b1, b2
+    else:
+        b3 = tl.load(boundaries + FIRST + 3)
+        b4 = tl.load(boundaries + FIRST + 4)
+        b5 = tl.load(boundaries + FIRST + 5)
+        return b0, b1, b2, b3, b4, b5, tl.load(boundaries + FIRST + 6)
+
+
+@triton.jit
+def load_level(levels, index, BITS: tl.constexpr):
+    """Positive level number ``index`` whose last three mantissa bits are the index: one selection gives both."""
+    level = tl.load(levels + (1 << (BITS - 1)) + index)
+    return ((level.to(tl.int32, bitcast=True) & ~INDEX_MASK) | index).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_levels(levels, BITS: tl.constexpr):
+    """Positive levels (2, 4 or 8 scalars), as :func:`load_level` gives them."""
+    l0 = load_level(levels, 0, BITS)
+    l1 = load_level(levels, 1, BITS)
+    if BITS == 2:
+        return l0, l1
+    l2 = load_level(levels, 2, BITS)
+    l3 = load_level(levels, 3, BITS)
+    if BITS == 3:
+        return l0, l1, l2, l3
+    else:
+        l4 = load_level(levels, 4, BITS)
+        l5 = load_level(levels, 5, BITS)
+        l6 = load_level(levels, 6, BITS)
+        return l0, l1, l2, l3, l4, l5, l6, load_level(levels, 7, BITS)
 
 
 @triton.jit
 def load_codebook(boundaries, levels, BITS: tl.constexpr):
-    """Positive boundaries and levels of a codebook that is symmetric about 0."""
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    return load_upper(boundaries, HALF, HALF - 1), load_upper(levels, HALF, HALF)
+    """What :func:`quantize` needs of a codebook, in registers."""
+    return load_bounds(boundaries, BITS), load_levels(levels, BITS)
 
 
 @triton.jit
-def choose4(second, first, table):
-    """``table[2 * second + first]`` of four scalars."""
-    return tl.where(first, tl.where(second, table[3], table[1]), tl.where(second, table[2], table[0]))
+def nearest(magnitude, unit, codebook, BITS: tl.constexpr):
+    """Nearest positive level to ``magnitude / unit``, its index in the last three mantissa bits; ``unit`` is ``[rows, 1]``.
 
-
-@triton.jit
-def nearest(magnitude, codebook, BITS: tl.constexpr):
-    """Index of the nearest positive level to ``magnitude`` (float, not negative) and that level."""
+    Scaling a few boundaries of each row is cheaper than scaling every coordinate.
+    """
     bounds, levels = codebook
     if BITS == 2:
-        up = magnitude > bounds[0]
-        return up.to(tl.int32), tl.where(up, levels[1], levels[0])
+        return tl.where(magnitude > bounds[0] * unit, levels[1], levels[0])
     elif BITS == 3:
-        high3 = magnitude > bounds[1]
-        low3 = magnitude > tl.where(high3, bounds[2], bounds[0])
-        return tl.where(high3, 2, 0) + low3.to(tl.int32), choose4(high3, low3, levels)
-    else:
-        high = magnitude > bounds[3]
-        middle = magnitude > tl.where(high, bounds[5], bounds[1])
-        low = magnitude > tl.where(
-            middle, tl.where(high, bounds[6], bounds[2]), tl.where(high, bounds[4], bounds[0])
+        high3 = magnitude > bounds[1] * unit
+        low3 = magnitude > tl.where(high3, bounds[2] * unit, bounds[0] * unit)
+        return tl.where(
+            low3, tl.where(high3, levels[3], levels[1]), tl.where(high3, levels[2], levels[0])
         )
-        index = tl.where(high, 4, 0) + tl.where(middle, 2, 0) + low.to(tl.int32)
-        even = choose4(high, middle, (levels[0], levels[2], levels[4], levels[6]))
-        odd = choose4(high, middle, (levels[1], levels[3], levels[5], levels[7]))
-        return index, tl.where(low, odd, even)
+    else:
+        high = magnitude > bounds[3] * unit
+        middle = magnitude > tl.where(high, bounds[5] * unit, bounds[1] * unit)
+        above = tl.where(high, bounds[6] * unit, bounds[2] * unit)
+        below = tl.where(high, bounds[4] * unit, bounds[0] * unit)
+        low = magnitude > tl.where(middle, above, below)
+        odd = tl.where(middle, tl.where(high, levels[7], levels[3]), tl.where(high, levels[5], levels[1]))
+        even = tl.where(middle, tl.where(high, levels[6], levels[2]), tl.where(high, levels[4], levels[0]))
+        return tl.where(low, odd, even)
 
 
 @triton.jit
 def quantize(rotated, codebook, BITS: tl.constexpr, RULE: tl.constexpr, D: tl.constexpr, UNITS: tl.constexpr):
     """Quantize float32 ``[rows, positions]``; padding, the positions whose unit is not below ``UNITS``, holds zeros.
 
-    Returns the index of the level's magnitude (int32), where the level is negative, and the scale of each row in the
-    units of ``rotated``. A coordinate within rounding of a boundary may take either side.
+    Returns the index of the level's magnitude (int32), where the level is negative, the scale of each row in the units
+    of ``rotated``, and which rows are finite. A coordinate within rounding of a boundary may take either side.
     """
     PADDED: tl.constexpr = triton.next_power_of_2(D)
     energy = tl.sum(rotated * rotated, 1)
-    present = tl.where(energy > 0, energy, 1.0)
+    finite = energy < float("inf")
+    rms = tl.sqrt(energy / D)
     magnitude = tl.abs(rotated)
-    index, level = nearest(magnitude * tl.rsqrt(present / D)[:, None], codebook, BITS)
+    level = nearest(magnitude, rms[:, None], codebook, BITS)
+    index = level.to(tl.int32, bitcast=True) & INDEX_MASK
     negative = (rotated > 0) == 0
     if RULE == "norm":
-        return index, negative, tl.sqrt_rn(energy / D)
+        return index, negative, rms, finite
     elif RULE == "unbiased":
         inner = tl.sum(magnitude * level, 1)
-        return index, negative, tl.div_rn(energy, tl.where(inner > 0, inner, 1.0))
+        return index, negative, energy / tl.where(inner > 0, inner, 1.0), finite
     else:
         if PADDED != D:
             unit = tl.arange(0, PADDED) % triton.next_power_of_2(UNITS)
             level = tl.where((unit < UNITS)[None, :], level, 0.0)
         power = tl.sum(level * level, 1)
         if RULE == "renorm":
-            return index, negative, tl.sqrt_rn(tl.div_rn(energy, power))
+            return index, negative, tl.sqrt(energy / power), finite
         else:
-            return index, negative, tl.div_rn(tl.sum(magnitude * level, 1), power)
+            return index, negative, tl.sum(magnitude * level, 1) / power, finite
 
 
 @triton.jit

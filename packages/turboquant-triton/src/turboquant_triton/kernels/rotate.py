@@ -11,28 +11,27 @@ import triton
 import triton.language as tl
 
 MAGNITUDE_MASK = tl.constexpr(0x7FFFFFFF)
-INFINITY_BITS = tl.constexpr(0x7F800000)
 # Biased exponents of x and of its multiplier add up to 127 + 127 + 14.
 EXPONENT_SUM = tl.constexpr(268)
-# The inverse of the multiplier has to be a normal number too.
+# The inverse of the multiplier is a normal number too.
 LARGEST_EXPONENT = tl.constexpr(253)
-EXPONENTS_OF_INVERSES = tl.constexpr(254)
 
 
 @triton.jit
-def load_matrix(matrix, first, D: tl.constexpr, WIDTH: tl.constexpr):
-    """fp16 ``[WIDTH, positions]``: the part of the transposed operand for coordinates ``first .. first + WIDTH - 1``."""
+def load_matrix(matrix, signs, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    """``diag(signs)`` times the transposed operand, coordinates ``first`` on: fp16 ``[WIDTH, positions]``."""
     PADDED: tl.constexpr = triton.next_power_of_2(D)
     coordinate = first + tl.arange(0, WIDTH)
     position = tl.arange(0, PADDED)
-    return tl.load(matrix + position[None, :] * PADDED + coordinate[:, None])
+    sign = tl.load(signs + coordinate, mask=coordinate < D, other=0.0).to(tl.float16)
+    return tl.load(matrix + position[None, :] * PADDED + coordinate[:, None]) * sign[:, None]
 
 
 @triton.jit
-def whole_matrix(matrix, D: tl.constexpr, WIDTH: tl.constexpr):
+def whole_matrix(matrix, signs, D: tl.constexpr, WIDTH: tl.constexpr):
     """The operand that :func:`rotate_rows` takes: the loaded matrix when it is used whole, else its address."""
     if triton.next_power_of_2(D) == WIDTH:
-        return load_matrix(matrix, 0, D, WIDTH)
+        return load_matrix(matrix, signs, 0, D, WIDTH)
     else:
         return matrix
 
@@ -54,12 +53,10 @@ def load_coordinates(
 
 @triton.jit
 def power_of_two(x):
-    """Exact multipliers that bring the largest of each row to 2**14 .. 2**15, their inverses, and where it is finite."""
+    """Exact multipliers that bring the largest of each row to 2**14 .. 2**15 (one with an infinity or NaN stays so)."""
     largest = tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK, 1)
     exponent = tl.minimum(-(largest >> 23) + EXPONENT_SUM, LARGEST_EXPONENT)
-    multiplier = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = ((-exponent + EXPONENTS_OF_INVERSES) << 23).to(tl.float32, bitcast=True)
-    return multiplier, inverse, largest < INFINITY_BITS
+    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -83,12 +80,12 @@ def rotate_rows(
 ):
     """Rotate the vectors at ``row`` (pointers).
 
-    Returns float32 ``[rows, positions]`` ``H diag(signs) x`` in the operand's order of positions and in units that the
-    second result turns into the vector's when multiplied, and whether each vector is finite; one that is not gives zeros.
+    Returns float32 ``[rows, positions]``, ``H diag(signs) x`` in the operand's order of positions times a power of two
+    of each row, and that power. A vector with an infinity or NaN gives infinities or NaN.
     """
     PADDED: tl.constexpr = triton.next_power_of_2(D)
     x = load_coordinates(row, center_row, valid, 0, D, PADDED, HAS_CENTER)
-    multiplier, inverse, finite = power_of_two(x)
+    multiplier = power_of_two(x)
     total = tl.zeros((x.shape[0], PADDED), tl.float32)
     for first in tl.static_range(0, PADDED, WIDTH):
         if WIDTH == PADDED:
@@ -96,14 +93,12 @@ def rotate_rows(
             columns = operand
         else:
             part = load_coordinates(row, center_row, valid, first, D, WIDTH, HAS_CENTER)
-            columns = load_matrix(operand, first, D, WIDTH)
-        coordinate = first + tl.arange(0, WIDTH)
-        sign = tl.load(signs + coordinate, mask=coordinate < D, other=0.0)
-        part = tl.where(finite[:, None], part, 0.0) * sign[None, :] * multiplier[:, None]
+            columns = load_matrix(operand, signs, first, D, WIDTH)
+        part *= multiplier[:, None]
         if SPLIT:
             high, low = split(part)
             total = tl.dot(low, columns, total)
             total = tl.dot(high, columns, total)
         else:
             total = tl.dot(part.to(tl.float16), columns, total)
-    return total, inverse, finite
+    return total, multiplier
