@@ -25,9 +25,9 @@ attention comes with a GPU kernel provider."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=HERE / "models" / "tiny", help="folder of a Transformers model")
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "constitution.txt", help="text file to continue")
+    parser.add_argument("--text", type=Path, default=HERE / "data" / "constitution.txt", help="file to continue")
     parser.add_argument("--context", type=int, default=3072, help="tokens of the prompt")
     parser.add_argument(
         "--score", type=int, default=256, help="tokens of the text that follow, for the quality figures"
@@ -77,9 +77,7 @@ def main() -> None:
     print_texts(results, tokenizer.decode(sample.prompt[0, -24:]))
     print_table(results)
     picture = plot_memory(memory_by_context(model, sample.prompt), arguments.output / "memory.png")
-    print(
-        f"\nMemory against context: {picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture}"
-    )
+    print(f"\nMemory against context: {picture}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .codebook import Codebook
 from .formats import CubicLevels, Int8Levels, format_codebook, format_constants
-from .lloyd import lloyd_max
+from .textbook import lloyd_max
 
 __all__ = ["Codebook", "CubicLevels", "Int8Levels", "format_codebook", "format_constants", "lloyd_max"]

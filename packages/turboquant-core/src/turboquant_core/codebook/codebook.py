@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+def mirrored(upper: Iterable[float]) -> tuple[float, ...]:
+    """All levels, ascending, of a codebook symmetric about 0 from its positive ones."""
+    positive = tuple(upper)
+    return tuple(-level for level in reversed(positive)) + positive
+
+
 @dataclass(frozen=True, slots=True)
 class Codebook:
-    """Levels of a scalar quantizer.
+    """Levels of a scalar quantizer, symmetric about 0.
 
     Attributes:
         levels: ascending, for a coordinate of unit variance.

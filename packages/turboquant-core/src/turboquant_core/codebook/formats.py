@@ -8,11 +8,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
-
 from ..layout import BITS, FORMS, Form
-from .codebook import Codebook
-from .lloyd import mean_squared_error
+from .codebook import Codebook, mirrored
+from .density import Gaussian, mean_squared_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +22,7 @@ class Int8Levels:
 
     def levels(self) -> tuple[float, ...]:
         """All levels, ascending."""
-        upper = tuple((q + 0.5) * self.step for q in self.q)
-        return tuple(-level for level in reversed(upper)) + upper
+        return mirrored((q + 0.5) * self.step for q in self.q)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +59,7 @@ def format_constants(form: Form, bits: int) -> Int8Levels | CubicLevels:
     return CubicLevels(bits, constants["c"], constants["step"])
 
 
+@cache
 def format_codebook(form: Form, bits: int) -> Codebook:
     """The format's levels and their mean squared error on N(0, 1).
 
@@ -69,4 +67,4 @@ def format_codebook(form: Form, bits: int) -> Codebook:
         ValueError: unknown form or bits.
     """
     levels = format_constants(form, bits).levels()
-    return Codebook(levels, mean_squared_error(np.asarray(levels)))
+    return Codebook(levels, mean_squared_error(levels, Gaussian()))

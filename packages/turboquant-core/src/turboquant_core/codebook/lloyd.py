@@ -1,70 +1,63 @@
-"""Lloyd-Max codebooks (arXiv 2504.19874, equation 4): continuous k-means on the density of one coordinate."""
+"""The Lloyd-Max condition (arXiv 2504.19874, equation 4) solved by Newton's method.
+
+Every level is the mean of its cell, every edge the midpoint of two levels. Both densities are log-concave, so exactly
+one codebook satisfies this, and it is the best one (Kieffer 1983).
+"""
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
-from .codebook import Codebook
+from .density import Density, Float64, cells, inner_edges
 
-Float64 = NDArray[np.float64]
 _TOLERANCE = 1e-13
-_MAX_ITERATIONS = 20_000
+_MAX_STEPS = 200
 
 
-def _gaussian_moments(edges: Float64) -> tuple[Float64, Float64]:
-    density = stats.norm.pdf(edges)
-    return np.diff(stats.norm.cdf(edges)), -np.diff(density)
+def _gradient(upper: Float64, density: Density) -> tuple[Float64, Float64]:
+    """``E[level - T; cell]``, half the gradient of half the mean squared error, and the mass of every cell."""
+    deviation, weights = cells(upper, density)
+    return -(weights * deviation).sum(-1), weights.sum(-1)
 
 
-def _beta_moments(edges: Float64, head_dim: int) -> tuple[Float64, Float64]:
-    """Mass and first moment of ``t = sqrt(d) y`` with ``f(y) ~ (1 - y^2)^((d-3)/2)`` (section 3.1, Lemma 1)."""
-    y = np.clip(edges / np.sqrt(head_dim), -1.0, 1.0)
-    shape = (head_dim - 1) / 2
-    mass = np.diff(stats.beta.cdf((1 + y) / 2, shape, shape))
-    # The density's antiderivative of y f(y) is -(1 - y^2) f(y) / (d - 1).
-    tail = (1 - y**2) * stats.beta.pdf((1 + y) / 2, shape, shape) / 2 / (head_dim - 1)
-    tail = np.where(np.abs(y) == 1, 0.0, tail)
-    return mass, -np.diff(tail) * np.sqrt(head_dim)
+def centroid_residual(upper: Float64, density: Density) -> float:
+    """Largest distance of a positive level from the mean of its cell."""
+    gradient, mass = _gradient(upper, density)
+    return float(np.abs(gradient / mass).max())
 
 
-def _moments(levels: Float64, head_dim: int | None) -> tuple[Float64, Float64]:
-    edges = np.concatenate(([-np.inf], (levels[:-1] + levels[1:]) / 2, [np.inf]))
-    return _gaussian_moments(edges) if head_dim is None else _beta_moments(edges, head_dim)
+def _newton(upper: Float64, gradient: Float64, mass: Float64, density: Density) -> Float64:
+    """One step of Newton's method; the Jacobian is tridiagonal.
+
+    An edge moves by half of what each neighbouring level moves, and the mass it passes lies at half the levels'
+    distance from both. The edge at 0 stays.
+    """
+    flow = density.pdf(inner_edges(upper)) * np.diff(upper) / 4
+    diagonal = mass - np.append(flow, 0.0) - np.insert(flow, 0, 0.0)
+    return upper - np.linalg.solve(np.diag(diagonal) - np.diag(flow, 1) - np.diag(flow, -1), gradient)
 
 
-def mean_squared_error(levels: Float64, head_dim: int | None = None) -> float:
-    """Error of nearest-level quantization of a unit-variance coordinate (Gaussian, or Beta of ``head_dim``)."""
-    mass, first = _moments(levels, head_dim)
-    return float(1 - 2 * (levels * first).sum() + (levels**2 * mass).sum())
-
-
-@cache
-def lloyd_max(bits: int, head_dim: int | None = None) -> Codebook:
-    """The optimal scalar codebook of a coordinate scaled to unit variance.
-
-    Args:
-        bits: 1 to 8.
-        head_dim: None for N(0, 1), else the exact density of a coordinate on the unit sphere times sqrt(head_dim).
+def solve(bits: int, density: Density) -> Float64:
+    """Positive levels of the optimal codebook, ascending: float64 ``[2 ** (bits - 1)]``.
 
     Raises:
-        ValueError: ``bits`` or ``head_dim`` is out of range.
+        ArithmeticError: no convergence.
     """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits is {bits}; codebooks have 1 to 8 bits")
-    if head_dim is not None and head_dim < 3:
-        raise ValueError(f"head_dim is {head_dim}; a coordinate density needs at least 3")
     count = 1 << bits
-    levels = stats.norm.ppf((np.arange(count) + 0.5) / count)
-    for _ in range(_MAX_ITERATIONS):
-        mass, first = _moments(levels, head_dim)
-        updated = first / mass
-        updated = (updated - updated[::-1]) / 2
-        moved = float(np.abs(updated - levels).max())
-        levels = updated
-        if moved < _TOLERANCE:
-            break
-    return Codebook(tuple(levels.tolist()), mean_squared_error(levels, head_dim))
+    upper = density.spread((np.arange(count // 2, count) + 0.5) / count)
+    for _ in range(_MAX_STEPS):
+        gradient, mass = _gradient(upper, density)
+        updated = _newton(upper, gradient, mass, density)
+        if np.abs(updated - upper).max() < _TOLERANCE * upper[-1]:
+            return updated
+        if not _improves(updated, gradient, density):
+            # Lloyd's own step is slow but never raises the error; it leads to where Newton's converges.
+            updated = upper - gradient / mass
+        upper = updated
+    raise ArithmeticError(f"Lloyd-Max with {bits} bits on {density} has not converged after {_MAX_STEPS} steps")
+
+
+def _improves(updated: Float64, gradient: Float64, density: Density) -> bool:
+    if updated[0] <= 0 or (np.diff(updated) <= 0).any():
+        return False
+    return bool(np.linalg.norm(_gradient(updated, density)[0]) < np.linalg.norm(gradient))
