@@ -17,6 +17,7 @@ _SMALL_BLOCK = 16
 _LARGE_BLOCK = 64
 _PROGRAMS_PER_SM = 4
 _WHOLE_MATRIX = 128
+_SCORE_TILES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,23 @@ def _most_columns(block: int, head_dim: int, compute_capability: tuple[int, int]
     return _WHOLE_MATRIX
 
 
+@dataclass(frozen=True, slots=True)
+class ScoresConfig:
+    """Launch parameters of the scores kernel: queries, keys of a tile, tiles of a program, columns of the rotation."""
+
+    block: int
+    keys: int
+    tiles: int
+    width: int
+
+
+def scores_config(kv_len: int, head_dim: int) -> ScoresConfig:
+    """Parameters for ``kv_len`` keys: a program rotates its queries once for several tiles."""
+    keys = 32 if padded(head_dim) > _WHOLE_MATRIX else 64
+    width = 32 if padded(head_dim) > _WHOLE_MATRIX else padded(head_dim)
+    return ScoresConfig(_SMALL_BLOCK, keys, min(-(-kv_len // keys), _SCORE_TILES), width)
+
+
 def coordinates(head_dim: int, bits: int) -> list[int]:
     """Coordinate at each position of a tile, -1 for padding.
 
@@ -108,25 +126,17 @@ def unit_dtype(layout: VectorLayout) -> torch.dtype:
     return torch.int16 if layout.bits == 3 else torch.int32
 
 
-def units_view(codes: Tensor, layout: VectorLayout) -> Tensor:
-    """Bytes as units, sharing storage.
-
-    Raises:
-        ValueError: the bytes are not contiguous or do not start at a multiple of the unit.
-    """
-    dtype = unit_dtype(layout)
-    if not codes.is_contiguous() or codes.storage_offset() % dtype.itemsize:
-        raise ValueError(
-            f"packed bytes must be contiguous and start at a multiple of {dtype.itemsize} bytes of their storage, "
-            f"not at {codes.storage_offset()}: copy them with .clone()"
-        )
-    return codes.view(dtype)
-
-
 def aligned(codes: Tensor, layout: VectorLayout) -> Tensor:
     """Bytes that are contiguous and start at a multiple of the unit; copied only when they do not."""
     contiguous = codes.contiguous()
     return contiguous.clone() if contiguous.storage_offset() % unit_dtype(layout).itemsize else contiguous
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """``x`` with adjacent coordinates in a dtype that the kernels read; copied only when it is not so already."""
+    if x.dtype == torch.float64:
+        x = x.to(torch.float32)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_packable(layout: VectorLayout) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from turboquant_core import Codec, Packed
 from turboquant_core.reference.vectors import check_vectors
 
-from ..launch import check_packable, rotation_operand, rows_config, unit_dtype
+from ..launch import adjacent, check_packable, rotation_operand, rows_config, unit_dtype
 from .pack import pack, store_units
 from .quantize import load_codebook, quantize, stored_scale
 from .rotate import rotate_rows, whole_matrix
@@ -124,11 +124,7 @@ def encode(x: Tensor, codec: Codec) -> Packed:
 
 def as_vectors(x: Tensor) -> Tensor:
     """``[..., n, head_dim]`` as ``[outer, n, head_dim]`` with adjacent coordinates, without a copy where possible."""
-    if x.dtype == torch.float64:
-        x = x.to(torch.float32)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+    return adjacent(x).reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
 
 
 def needs_split(x: Tensor, codec: Codec) -> bool:

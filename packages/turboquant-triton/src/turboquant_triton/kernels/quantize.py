@@ -70,9 +70,7 @@ def nearest(magnitude, unit, codebook, BITS: tl.constexpr):
     elif BITS == 3:
         high3 = magnitude > bounds[1] * unit
         low3 = magnitude > tl.where(high3, bounds[2] * unit, bounds[0] * unit)
-        return tl.where(
-            low3, tl.where(high3, levels[3], levels[1]), tl.where(high3, levels[2], levels[0])
-        )
+        return tl.where(low3, tl.where(high3, levels[3], levels[1]), tl.where(high3, levels[2], levels[0]))
     else:
         high = magnitude > bounds[3] * unit
         middle = magnitude > tl.where(high, bounds[5] * unit, bounds[1] * unit)

@@ -37,9 +37,7 @@ def whole_matrix(matrix, signs, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_coordinates(
-    row, center_row, valid, first, D: tl.constexpr, WIDTH: tl.constexpr, HAS_CENTER: tl.constexpr
-):
+def load_coordinates(row, center_row, valid, first, D: tl.constexpr, WIDTH: tl.constexpr, HAS_CENTER: tl.constexpr):
     """float32 ``[rows, WIDTH]`` from coordinate ``first`` on, centred; zero where not ``valid`` and in the padding."""
     coordinate = first + tl.arange(0, WIDTH)[None, :]
     mask = valid[:, None]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from turboquant_core import CacheCodec, Codec, RawLayout, VectorLayout
 
-from ..launch import RowsConfig, rotation_operand, rows_config, unit_dtype
-from ..store_checks import check_store
+from ..input_checks import check_store
+from ..launch import RowsConfig, adjacent, rotation_operand, rows_config, unit_dtype
 from .encode import encode_rows, needs_split
 from .pack import store_units
 from .quantize import load_codebook
@@ -185,7 +185,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
     rows = key.shape[0] * codec.layout.kv_heads
     if rows == 0:
         return
-    key, value = _adjacent(key), _adjacent(value)
+    key, value = adjacent(key), adjacent(value)
     wide = max(codec.layout.key.head_dim, codec.layout.value.head_dim)
     config = rows_config(rows, wide, key.device)
     store_kernel[(2 * config.programs,)](
@@ -216,12 +216,6 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    if x.dtype == torch.float64:
-        x = x.to(torch.float32)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _operands(codec: Codec) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,113 @@
+"""Scores of queries against packed keys, which are never decoded: the query is rotated instead."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turboquant_core import Codec, Packed
+from turboquant_core.reference.vectors import check_vectors
+
+from ..input_checks import check_codes
+from ..launch import adjacent, aligned, rotation_operand, scores_config, unit_dtype
+from .rotate import power_of_two, rotate_rows, split, whole_matrix
+from .unrotate import LEVEL_UNIT, load_level_rows
+
+
+@triton.jit
+def scores_kernel(
+    query,  # [batch, q_len, D]
+    codes,  # units [batch, kv_len, D * BITS / bits of a unit]
+    scales,  # fp16 [batch, kv_len]
+    signs,  # float32 [D]
+    matrix,  # fp16 [positions, padded D]
+    levels,
+    out,  # float32 [batch, q_len, kv_len]
+    q_len,
+    kv_len,
+    scaling,
+    batch_stride,
+    query_stride,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    INT8: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Each program scores ``BLOCK`` queries against ``TILES`` tiles of ``KEYS`` keys."""
+    ROW_UNITS: tl.constexpr = D * BITS // (16 if BITS == 3 else 32)
+    programs = tl.cdiv(kv_len, KEYS * TILES)
+    batch = (tl.program_id(0) // programs).to(tl.int64)
+    first = (tl.program_id(0) % programs) * KEYS * TILES
+    q = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = query + batch * batch_stride + q.to(tl.int64) * query_stride
+    operand = whole_matrix(matrix, signs, D, WIDTH)
+    rotated, multiplier = rotate_rows(row, row, q < q_len, signs, operand, D, False, SPLIT, WIDTH)
+    second = power_of_two(rotated)
+    high, low = split(rotated * second[:, None])
+    factor = scaling * (1.0 / (LEVEL_UNIT * tl.sqrt(D * 1.0))) / second / multiplier
+    target = out + (batch * q_len + q.to(tl.int64)) * kv_len
+    for tile in range(TILES):
+        k = first + tile * KEYS + tl.arange(0, KEYS)
+        valid = k < kv_len
+        key = batch * kv_len + k
+        level = load_level_rows(codes + key * ROW_UNITS, valid, levels, BITS, INT8, D)
+        scale = tl.load(scales + key, mask=valid, other=0.0).to(tl.float32)
+        level_high, level_low = split(level * LEVEL_UNIT)
+        score = tl.dot(low, tl.trans(level_high))
+        score = tl.dot(high, tl.trans(level_low), score)
+        score = tl.dot(high, tl.trans(level_high), score)
+        mask = (q < q_len)[:, None] & valid[None, :]
+        tl.store(target[:, None] + k[None, :], score * factor[:, None] * scale[None, :], mask=mask)
+
+
+def scores(query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Tensor:
+    """:meth:`turboquant_core.KernelProvider.scores` in one launch.
+
+    Leading dimensions broadcast; what is broadcast is copied.
+
+    Raises:
+        ValueError: wrong dtype or shape, or tensors on different devices.
+    """
+    check_vectors(query, codec, "query")
+    check_codes(packed, codec)
+    layout = codec.layout
+    (q_len, head_dim), (kv_len, code_bytes) = query.shape[-2:], packed.codes.shape[-2:]
+    lead = torch.broadcast_shapes(query.shape[:-2], packed.codes.shape[:-2])
+    out = torch.empty((*lead, q_len, kv_len), dtype=torch.float32, device=query.device)
+    if out.numel() == 0:
+        return out
+    queries = adjacent(query).expand(*lead, q_len, head_dim).reshape(-1, q_len, head_dim)
+    codes = aligned(packed.codes.expand(*lead, kv_len, code_bytes), layout)
+    config = scores_config(kv_len, head_dim)
+    grid = (-(-kv_len // (config.keys * config.tiles)) * queries.shape[0], -(-q_len // config.block))
+    scores_kernel[grid](
+        queries,
+        codes.view(unit_dtype(layout)),
+        packed.scales.expand(*lead, kv_len).contiguous(),
+        codec.signs,
+        rotation_operand(head_dim, layout.bits, query.device),
+        codec.levels,
+        out,
+        q_len,
+        kv_len,
+        scaling,
+        queries.stride(0),
+        queries.stride(1),
+        D=head_dim,
+        BITS=layout.bits,
+        INT8=layout.form == "int8",
+        SPLIT=queries.dtype == torch.float32,
+        WIDTH=config.width,
+        BLOCK=config.block,
+        KEYS=config.keys,
+        TILES=config.tiles,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
