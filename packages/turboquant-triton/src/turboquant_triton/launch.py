@@ -13,6 +13,7 @@ from turboquant_core import LayoutError, VectorLayout
 from .device import hadamard_int8, multiprocessors
 
 _LARGEST_HEAD_DIM = 256
+_INTERPRETER = (0, 0)
 _SMALL_BLOCK = 16
 _LARGE_BLOCK = 64
 _PROGRAMS_PER_SM = 4
@@ -46,7 +47,7 @@ class RowsConfig:
 @lru_cache(maxsize=16)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU; (0, 0) in the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _INTERPRETER
 
 
 def padded(head_dim: int) -> int:
@@ -55,15 +56,22 @@ def padded(head_dim: int) -> int:
 
 
 def rows_config(rows: int, head_dim: int, device: torch.device) -> RowsConfig:
-    """Parameters for ``rows`` vectors of ``head_dim`` coordinates.
+    """Parameters for ``rows`` vectors of ``head_dim`` coordinates on ``device``."""
+    return launch_parameters(rows, head_dim, multiprocessors(device), capability(device))
+
+
+def launch_parameters(
+    rows: int, head_dim: int, multiprocessor_count: int, compute_capability: tuple[int, int]
+) -> RowsConfig:
+    """Parameters for a GPU.
 
     Few rows take the smallest tile, so that they spread over the GPU; many take one that fills the tensor cores, and
     programs that keep the rotation matrix in shared memory over all their tiles.
     """
-    many = rows >= _LARGE_BLOCK * multiprocessors(device) and device.type != "cpu"
+    many = rows >= _LARGE_BLOCK * multiprocessor_count and compute_capability > _INTERPRETER
     block = _LARGE_BLOCK if many and padded(head_dim) <= _WHOLE_MATRIX else _SMALL_BLOCK
-    programs = min(-(-rows // block), _PROGRAMS_PER_SM * multiprocessors(device))
-    most_columns = _most_columns(block, head_dim, capability(device))
+    programs = min(-(-rows // block), _PROGRAMS_PER_SM * multiprocessor_count)
+    most_columns = _most_columns(block, head_dim, compute_capability)
     return RowsConfig(block, 4, 1 if most_columns < padded(head_dim) else 2, programs, most_columns)
 
 

@@ -1,7 +1,7 @@
 """Codes of a tile to code rows and back (table "A code row" of the layout).
 
 A code row is a sequence of units of 32 bits (16 at 3 bits), all with the same fields. A tile holds its coordinates as
-``[groups, fields, units]``, the order of :func:`turboquant_triton.launch.coordinates`: packing is elementwise over units.
+``[groups, fields, units]``, the order of :func:`turboquant_triton.launch.coordinates`, so packing is elementwise.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ def load_codebook(boundaries, levels, BITS: tl.constexpr):
 
 @triton.jit
 def nearest(magnitude, unit, codebook, BITS: tl.constexpr):
-    """Nearest positive level to ``magnitude / unit``, its index in the last three mantissa bits; ``unit`` is ``[rows, 1]``.
+    """Nearest positive level to ``magnitude / unit``, its index in the last three mantissa bits.
 
-    Scaling a few boundaries of each row is cheaper than scaling every coordinate.
+    ``unit`` is ``[rows, 1]``: scaling a few boundaries of each row is cheaper than scaling every coordinate.
     """
     bounds, levels = codebook
     if BITS == 2:

@@ -1,8 +1,8 @@
 """Randomized Hadamard rotation of a tile of rows on the tensor cores, to single precision.
 
 The matrix is +-1, so products with fp16 inputs are exact and only their float32 sum is rounded. A row is first scaled
-by a power of two that brings its largest coordinate to 2**14 .. 2**15. A 16-bit input then is one fp16 number; a float32
-one is the sum of two, to 2**-23. Any order costs the same: the matrix is padded with zeros to a power of two.
+by a power of two that brings its largest coordinate to 2**14 .. 2**15. A 16-bit input then is one fp16 number; a
+float32 one is the sum of two, to 2**-23. Any order costs the same: the matrix is padded with zeros to a power of two.
 """
 
 from __future__ import annotations

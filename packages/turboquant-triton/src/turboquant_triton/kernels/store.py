@@ -237,13 +237,12 @@ def _key_constants(key: Tensor, codec: Codec, config: RowsConfig) -> dict[str, i
 
 def _value_constants(value: Tensor, codec: CacheCodec, config: RowsConfig) -> dict[str, int | str | bool]:
     layout = codec.layout.value
-    packed = isinstance(layout, VectorLayout)
     return {
         "VALUE_DIM": layout.head_dim,
         "VALUE_BITS": 8 * layout.itemsize if isinstance(layout, RawLayout) else layout.bits,
-        "VALUE_INT8": packed and layout.form == "int8",
+        "VALUE_INT8": isinstance(layout, VectorLayout) and layout.form == "int8",
         "VALUE_RULE": "" if codec.value is None else codec.value.scale_rule,
         "VALUE_SPLIT": codec.value is not None and needs_split(value, codec.value),
         "VALUE_WIDTH": config.width_of(layout.head_dim),
-        "RAW": not packed,
+        "RAW": codec.value is None,
     }

@@ -14,7 +14,7 @@ LEVEL_UNIT = tl.constexpr(1024.0)
 
 @triton.jit
 def load_level_rows(row, valid, levels, BITS: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr):
-    """Levels of the code rows at ``row`` (pointers to units): float32 ``[rows, positions]``; padding holds a level too."""
+    """Levels of the code rows at ``row`` (pointers to units): float32 ``[rows, positions]``, padding included."""
     return tl.load(levels + unpack(row, valid, BITS, INT8, D))
 
 

@@ -1,0 +1,36 @@
+"""The vector kernels compile for every GPU generation, without a GPU, and stay in its registers and shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def compile_all(capability: int, head_dim: int) -> list[dict[str, int | str]]:
+    """One record for each kernel: name, registers, stack, shared (bytes)."""
+    program = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, program, str(capability), str(head_dim)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [80, 128, 256])
+@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
+def test_compiles_and_fits(capability: int, head_dim: int) -> None:
+    records = compile_all(capability, head_dim)
+    assert len(records) > 30
+    too_large = [record for record in records if int(record["shared"]) > SHARED_MEMORY[capability]]
+    assert not too_large
+    if (capability, head_dim) == (90, 128):
+        assert not [record for record in records if record["stack"]]
