@@ -12,7 +12,7 @@ from torch import Tensor
 from turboquant_core import Attended, CacheCodec, PageLayout, RawLayout
 
 from .checks import check_attend
-from .device import hadamard_int8, multiprocessors
+from .device import hadamard_fp16, multiprocessors
 from .kernels.attend_merge import attend_merge_kernel
 from .kernels.attend_permute import attend_permute_kernel
 from .kernels.attend_portable import attend_portable_kernel
@@ -83,6 +83,12 @@ def attend(
     return Attended(out, lse)
 
 
+def _pieces(shape: AttendShape, programs: int) -> int:
+    """Pieces of an item that the merge reads together: about as many as an item has when all are of one length."""
+    expected = programs // shape.items + 2
+    return min(max(1 << (expected - 1).bit_length(), 4), 64)
+
+
 def _prepare(
     query: Tensor,
     seq_lens: Tensor,
@@ -102,7 +108,7 @@ def _prepare(
     vectors = query.shape[0] * query.shape[1]
     attend_prepare_kernel[(vectors + 1,)](
         query,
-        hadamard_int8(codec.layout.key.head_dim, query.device),
+        hadamard_fp16(codec.layout.key.head_dim, query.device, False),
         codec.key.signs,
         space.query,
         space.query_stats,
@@ -129,7 +135,7 @@ def _prepare(
         HAS_STARTS=seq_starts is not None,
         HAS_WINDOW=options.window is not None,
         ROWS_BLOCK=shape.rows_block,
-        num_warps=4,
+        num_warps=8,
     )
 
 
@@ -249,7 +255,7 @@ def _merge(
         space.partial,
         space.stats,
         space.plan,
-        hadamard_int8(value_dim, out.device) if rotated else space.plan,
+        hadamard_fp16(value_dim, out.device, True) if rotated else space.plan,
         codec.value.signs if codec.value is not None else space.stats,
         space.stats if sinks is None else sinks,
         out,
@@ -265,6 +271,6 @@ def _merge(
         N=shape.n,
         ROTATED=rotated,
         HAS_SINKS=sinks is not None,
-        PIECES=16,
-        num_warps=4,
+        PIECES=_pieces(shape, programs),
+        num_warps=8,
     )

@@ -22,6 +22,13 @@ def hadamard_int8(head_dim: int, device: torch.device) -> Tensor:
     return unit.sign().to(device=device, dtype=torch.int8)
 
 
+@lru_cache(maxsize=64)
+def hadamard_fp16(head_dim: int, device: torch.device, transpose: bool) -> Tensor:
+    """The same matrix or its transpose in fp16, which a kernel widens faster than integers."""
+    matrix = hadamard_int8(head_dim, device)
+    return (matrix.T if transpose else matrix).to(torch.float16).contiguous()
+
+
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a small number in the interpreter, where programs run one after the other."""

@@ -13,41 +13,20 @@ from turboquant_core import LayoutError, VectorLayout
 from .device import hadamard_int8, multiprocessors
 
 _LARGEST_HEAD_DIM = 256
-_INTERPRETER = (0, 0)
-_SMALL_BLOCK = 16
-_LARGE_BLOCK = 64
-_PROGRAMS_PER_SM = 4
-_WHOLE_MATRIX = 128
 _SCORE_TILES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class RowsConfig:
-    """Launch parameters of a kernel that works on rows, one vector each.
-
-    Attributes:
-        block: rows of a tile.
-        num_warps: warps of a program.
-        num_stages: software pipeline depth.
-        programs: programs of the grid.
-        most_columns: columns of the rotation that one matrix product takes at most.
-    """
+    """Launch parameters of a kernel that works on rows, one vector each: rows of a tile, warps, pipeline depth."""
 
     block: int
     num_warps: int
     num_stages: int
-    programs: int
-    most_columns: int
-
-    def width_of(self, head_dim: int) -> int:
-        """Columns of the rotation of ``head_dim`` for one product; all of them when the matrix stays on chip."""
-        return min(padded(head_dim), self.most_columns)
 
 
-@lru_cache(maxsize=16)
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU; (0, 0) in the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _INTERPRETER
+SMALL = RowsConfig(block=16, num_warps=1, num_stages=2)
+LARGE = RowsConfig(block=64, num_warps=4, num_stages=2)
 
 
 def padded(head_dim: int) -> int:
@@ -55,48 +34,34 @@ def padded(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
-def rows_config(rows: int, head_dim: int, device: torch.device) -> RowsConfig:
-    """Parameters for ``rows`` vectors of ``head_dim`` coordinates on ``device``."""
-    return launch_parameters(rows, head_dim, multiprocessors(device), capability(device))
+def rows_config(rows: int, device: torch.device) -> RowsConfig:
+    """Parameters for ``rows`` vectors on ``device``."""
+    return SMALL if device.type == "cpu" else launch_parameters(rows, multiprocessors(device))
 
 
-def launch_parameters(
-    rows: int, head_dim: int, multiprocessor_count: int, compute_capability: tuple[int, int]
-) -> RowsConfig:
-    """Parameters for a GPU.
-
-    Few rows take the smallest tile, so that they spread over the GPU; many take one that fills the tensor cores, and
-    programs that keep the rotation matrix in shared memory over all their tiles.
-    """
-    many = rows >= _LARGE_BLOCK * multiprocessor_count and compute_capability > _INTERPRETER
-    block = _LARGE_BLOCK if many and padded(head_dim) <= _WHOLE_MATRIX else _SMALL_BLOCK
-    programs = min(-(-rows // block), _PROGRAMS_PER_SM * multiprocessor_count)
-    most_columns = _most_columns(block, head_dim, compute_capability)
-    return RowsConfig(block, 4, 1 if most_columns < padded(head_dim) else 2, programs, most_columns)
+def launch_parameters(rows: int, multiprocessor_count: int) -> RowsConfig:
+    """Few rows take the smallest tile, so that they spread over the GPU; many take one that fills the tensor cores."""
+    return LARGE if rows >= LARGE.block * multiprocessor_count else SMALL
 
 
-def _most_columns(block: int, head_dim: int, compute_capability: tuple[int, int]) -> int:
-    # Before sm_90 the matrix lies in registers, all of it in each warp of a large tile.
-    if padded(head_dim) > _WHOLE_MATRIX or (block == _LARGE_BLOCK and compute_capability < (9, 0)):
-        return 32
-    return _WHOLE_MATRIX
+def part_columns(head_dim: int) -> int:
+    """Positions of a tile that are rotated at a time: a quarter of them, as far as a matrix product goes that low."""
+    return max(padded(head_dim) // 4, min(padded(head_dim) // 2, 16))
 
 
 @dataclass(frozen=True, slots=True)
 class ScoresConfig:
-    """Launch parameters of the scores kernel: queries, keys of a tile, tiles of a program, columns of the rotation."""
+    """Launch parameters of the scores kernel: queries of a program, keys of a tile, tiles of a program."""
 
     block: int
     keys: int
     tiles: int
-    width: int
 
 
 def scores_config(kv_len: int, head_dim: int) -> ScoresConfig:
-    """Parameters for ``kv_len`` keys: a program rotates its queries once for several tiles."""
-    keys = 32 if padded(head_dim) > _WHOLE_MATRIX else 64
-    width = 32 if padded(head_dim) > _WHOLE_MATRIX else padded(head_dim)
-    return ScoresConfig(_SMALL_BLOCK, keys, min(-(-kv_len // keys), _SCORE_TILES), width)
+    """Parameters for ``kv_len`` keys: a program reads its queries once for several tiles."""
+    keys = 32 if padded(head_dim) > 128 else 64
+    return ScoresConfig(16, keys, min(-(-kv_len // keys), _SCORE_TILES))
 
 
 def coordinates(head_dim: int, bits: int) -> list[int]:

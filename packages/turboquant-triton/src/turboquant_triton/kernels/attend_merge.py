@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rotate_vector import rotate_vector
+from .rotate_vector import load_rotation, rotate_vector
 
 NEVER = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,7 +29,7 @@ def attend_merge_kernel(
     partial,  # float32 [slots, N, D]
     stats,  # float32 [slots, 2, N]
     plan,
-    hadamard,  # int8 [D, D]
+    hadamard,  # fp16 [D, D], transposed
     signs,  # float32 [D]
     sinks,  # float [KV_HEADS * GROUP]
     out,  # [tokens, KV_HEADS * GROUP, D]
@@ -48,6 +48,8 @@ def attend_merge_kernel(
     PIECES: tl.constexpr,
 ):
     vector = tl.program_id(0)
+    if ROTATED:
+        matrix = load_rotation(hadamard, D)
     token = vector // (KV_HEADS * GROUP)
     head = vector % (KV_HEADS * GROUP)
     flat = (token % Q_LEN) * GROUP + head % GROUP
@@ -80,7 +82,7 @@ def attend_merge_kernel(
         maximum = maximum_now
     output *= output_scale / tl.where(weight == 0.0, 1.0, weight)
     if ROTATED:
-        output = rotate_vector(output, hadamard, D, True)
+        output = rotate_vector(output, matrix, D)
         output *= tl.load(signs + d, mask=d < D, other=0.0)
     target = out + vector.to(tl.int64) * D + d
     tl.store(target, output.to(out.dtype.element_ty), mask=d < D)

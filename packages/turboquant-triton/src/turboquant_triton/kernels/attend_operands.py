@@ -75,7 +75,7 @@ def query_operands(q, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_columns(row, column, valid, WIDTH: tl.constexpr, FULL: tl.constexpr):
+def load_columns(row, column, valid, FULL: tl.constexpr):
     """Tile ``[tokens, columns]`` at per-token pointers; columns that are not ``valid`` read as zero."""
     if FULL:
         return tl.load(row[:, None] + column[None, :])
@@ -89,7 +89,7 @@ def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
     if BITS == 4:
         BYTES4: tl.constexpr = triton.next_power_of_2(D // 2)
         byte4 = tl.arange(0, BYTES4)
-        word4 = load_columns(row, byte4, byte4 < D // 2, D // 2, BYTES4 == D // 2)
+        word4 = load_columns(row, byte4, byte4 < D // 2, BYTES4 == D // 2)
         low4, high4 = tl.inline_asm_elementwise(
             KEY4, KEY4_CONSTRAINTS, [word4], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
@@ -101,8 +101,9 @@ def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
         byte3 = (column // 32) * 16 + column % 16
         second = (column % 32) // 16
         FULL3: tl.constexpr = triton.next_power_of_2(max(PLANE, 16)) == PLANE
-        front = load_columns(row, second * PLANE + byte3, byte3 < PLANE, PLANE, FULL3)
-        back = load_columns(row, 2 * PLANE + byte3, (byte3 < PLANE) & (second == 0), PLANE, False)
+        front = load_columns(row, second * PLANE + byte3, byte3 < PLANE, FULL3)
+        # The other half of this tile is made in registers.
+        back = load_columns(row, 2 * PLANE + byte3, (byte3 < PLANE) & (second == 0), False)
         low_f, high_f, low_b, high_b = tl.inline_asm_elementwise(
             KEY3, KEY3_CONSTRAINTS, [front, back], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=16
         )
@@ -113,7 +114,7 @@ def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
     else:
         BYTES2: tl.constexpr = triton.next_power_of_2(max(D // 4, 32))
         byte2 = tl.arange(0, BYTES2)
-        word2 = load_columns(row, byte2, byte2 < D // 4, D // 4, BYTES2 == D // 4)
+        word2 = load_columns(row, byte2, byte2 < D // 4, BYTES2 == D // 4)
         a, b, c, d = tl.inline_asm_elementwise(
             KEY2, KEY2_CONSTRAINTS, [word2], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
         )
@@ -149,12 +150,15 @@ def load_rows(row, line, valid, FULL: tl.constexpr):
 
 
 @triton.jit
-def add_values(output, row, weight, decay, BITS: tl.constexpr, D: tl.constexpr):
-    """``output * decay + V^T weight`` for the code rows at ``row`` (int16 pointers; raw: the values' type)."""
+def add_values(output, row, seen, weight, decay, BITS: tl.constexpr, D: tl.constexpr):
+    """``output * decay + V^T weight`` for the code rows at ``row`` (int16 pointers; raw: the values' type).
+
+    Codes are finite whatever the bytes; a raw value that is not ``seen`` may be NaN and reads as zero.
+    """
     if BITS == 16:
         LINES: tl.constexpr = triton.next_power_of_2(D)
         line = tl.arange(0, LINES)
-        value = load_rows(row, line, line < D, LINES == D)
+        value = tl.load(row[None, :] + line[:, None], mask=seen[None, :] & (line < D)[:, None], other=0.0)
         return (tl.dot(value, weight.to(value.dtype), output[0] * decay),)
     elif BITS == 4:
         WORDS4: tl.constexpr = triton.next_power_of_2(max(D // 4, 16))
@@ -176,6 +180,7 @@ def add_values(output, row, weight, decay, BITS: tl.constexpr, D: tl.constexpr):
         word3 = (line3 // 16) * 8 + line3 % 8
         second = (line3 % 16) // 8
         front = load_rows(row, second * PLANE + word3, word3 < PLANE, LINES3 == 2 * PLANE)
+        # The other half of this tile is made in registers.
         back = load_rows(row, 2 * PLANE + word3, (word3 < PLANE) & (second == 0), False)
         f0, f1, f2, f3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             VALUE3, VALUE3_CONSTRAINTS, [front, back], dtype=(tl.float16,) * 8, is_pure=True, pack=4

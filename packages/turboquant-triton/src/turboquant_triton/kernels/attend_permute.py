@@ -22,6 +22,67 @@ def log2_approx(x):
 
 
 @triton.jit
+def load_page(table, tile, token, end, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Page of a tile, or of each of its tokens when a tile spans several pages."""
+    if PAGE_SIZE % BLOCK == 0:
+        return tl.load(table + (tile * BLOCK) // PAGE_SIZE)
+    else:
+        here = tile * BLOCK + token
+        return tl.load(table + here // PAGE_SIZE, mask=here < end, other=0)
+
+
+@triton.jit
+def token_pointers(
+    chunk_base,
+    page,
+    page_stride,
+    tile,
+    token,
+    OFFSET: tl.constexpr,
+    ROW: tl.constexpr,
+    TYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pointers to the entries, ``ROW`` bytes each from ``OFFSET`` on, of the tokens of a tile."""
+    base = chunk_base + page.to(tl.int64) * page_stride
+    if PAGE_SIZE % BLOCK == 0:
+        inside = (tile * BLOCK) % PAGE_SIZE
+        return (base + OFFSET + inside * ROW).to(tl.pointer_type(TYPE)) + token * (
+            ROW // (TYPE.primitive_bitwidth // 8)
+        )
+    else:
+        slot = (tile * BLOCK + token) % PAGE_SIZE
+        return (base + OFFSET + slot * ROW).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def load_scales(
+    chunk_base,
+    page,
+    page_stride,
+    tile,
+    token,
+    KEY_OFFSET: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+):
+    """fp16 scales of keys and of values of a tile; raw values have none, and get those of the keys."""
+    key = tl.load(
+        token_pointers(chunk_base, page, page_stride, tile, token, KEY_OFFSET, 2, tl.float16, PAGE_SIZE, BLOCK)
+    )
+    if VALUE_BITS == 16:
+        return key, key
+    else:
+        value = token_pointers(
+            chunk_base, page, page_stride, tile, token, VALUE_OFFSET, 2, tl.float16, PAGE_SIZE, BLOCK
+        )
+        return key, tl.load(value)
+
+
+@triton.jit
 def attend_permute_kernel(
     query,  # int8 [items, N, D], rotated
     query_stats,  # float32 [items, 2, N]: multiplier and offset of the int8 scores, base-2 logarithm units
@@ -58,9 +119,7 @@ def attend_permute_kernel(
     KEY_SCALE_OFFSET: tl.constexpr = VALUE_OFFSET + PAGE_SIZE * VALUE_ROW
     VALUE_SCALE_OFFSET: tl.constexpr = KEY_SCALE_OFFSET + PAGE_SIZE * 2
     CHUNK_BYTES: tl.constexpr = VALUE_SCALE_OFFSET + (0 if VALUE_BITS == 16 else PAGE_SIZE * 2)
-    ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK == 0
     VALUE_TYPE: tl.constexpr = RAW_TYPE if VALUE_BITS == 16 else tl.int16
-    VALUE_WORDS: tl.constexpr = VALUE_ROW // 2
     program = tl.program_id(0)
     total = tl.load(plan + rows - 1)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
@@ -82,29 +141,45 @@ def attend_permute_kernel(
         output = zero_output(VALUE_BITS, N, VALUE_DIM)
         table = block_table + batch.to(tl.int64) * block_table_stride
         chunk_base = pages + kv_head * CHUNK_BYTES
+        # Scales are too narrow for asynchronous copies: load them one tile ahead, their pages two.
+        page = load_page(table, first, token, end, PAGE_SIZE, BLOCK)
+        key_scale, value_scale = load_scales(
+            chunk_base,
+            page,
+            page_stride,
+            first,
+            token,
+            KEY_SCALE_OFFSET,
+            VALUE_SCALE_OFFSET,
+            PAGE_SIZE,
+            BLOCK,
+            VALUE_BITS,
+        )
+        page = load_page(table, tl.minimum(first + 1, last - 1), token, end, PAGE_SIZE, BLOCK)
         for i in range(first, last):
             here = i * BLOCK + token
-            if ONE_PAGE:
-                page = tl.load(table + (i * BLOCK) // PAGE_SIZE).to(tl.int64)
-                base = chunk_base + page * page_stride
-                inside = (i * BLOCK) % PAGE_SIZE
-                key_rows = (base + inside * KEY_ROW) + token * KEY_ROW
-                key_scales = (base + KEY_SCALE_OFFSET + inside * 2).to(tl.pointer_type(tl.float16)) + token
-                value_rows = (base + VALUE_OFFSET + inside * VALUE_ROW).to(
-                    tl.pointer_type(VALUE_TYPE)
-                ) + token * VALUE_WORDS
-                value_scales = (base + VALUE_SCALE_OFFSET + inside * 2).to(tl.pointer_type(tl.float16)) + token
-            else:
-                pages_here = tl.load(table + here // PAGE_SIZE, mask=here < end, other=0).to(tl.int64) * page_stride
-                slot = here % PAGE_SIZE
-                bases = chunk_base + pages_here
-                key_rows = bases + slot * KEY_ROW
-                key_scales = (bases + KEY_SCALE_OFFSET + slot * 2).to(tl.pointer_type(tl.float16))
-                value_rows = (bases + VALUE_OFFSET + slot * VALUE_ROW).to(tl.pointer_type(VALUE_TYPE))
-                value_scales = (bases + VALUE_SCALE_OFFSET + slot * 2).to(tl.pointer_type(tl.float16))
-            key_scale = tl.load(key_scales).to(tl.float32)
+            next_key_scale, next_value_scale = load_scales(
+                chunk_base,
+                page,
+                page_stride,
+                tl.minimum(i + 1, last - 1),
+                token,
+                KEY_SCALE_OFFSET,
+                VALUE_SCALE_OFFSET,
+                PAGE_SIZE,
+                BLOCK,
+                VALUE_BITS,
+            )
+            page = load_page(table, tl.minimum(i + 2, last - 1), token, end, PAGE_SIZE, BLOCK)
+            rows_page = load_page(table, i, token, end, PAGE_SIZE, BLOCK)
+            key_rows = token_pointers(
+                chunk_base, rows_page, page_stride, i, token, 0, KEY_ROW, tl.int8, PAGE_SIZE, BLOCK
+            )
+            value_rows = token_pointers(
+                chunk_base, rows_page, page_stride, i, token, VALUE_OFFSET, VALUE_ROW, VALUE_TYPE, PAGE_SIZE, BLOCK
+            )
             score = key_product(key_rows, q, KEY_BITS, D).to(tl.float32)
-            score = (score * multiplier[None, :] + offset[None, :]) * key_scale[:, None]
+            score = (score * multiplier[None, :] + offset[None, :]) * key_scale.to(tl.float32)[:, None]
             if HAS_SOFTCAP:
                 # tanh(x) = 1 - 2 / (exp(2 x) + 1), with x = score / softcap in natural units.
                 score = softcap_log2 - 2 * softcap_log2 / (
@@ -121,8 +196,8 @@ def attend_permute_kernel(
             if VALUE_BITS == 16:
                 lift = score
             else:
-                value_scale = tl.where(here < end, tl.load(value_scales).to(tl.float32), 0.0)
-                lift = score + log2_approx(tl.maximum(value_scale, SMALLEST_SCALE))[:, None]
+                seen_scale = tl.where(here < end, value_scale.to(tl.float32), 0.0)
+                lift = score + log2_approx(tl.maximum(seen_scale, SMALLEST_SCALE))[:, None]
             maximum_now = tl.maximum(maximum, tl.max(lift, 0))
             decay = tl.exp2(maximum - maximum_now)
             weight = tl.exp2(score - maximum_now[None, :])
@@ -134,8 +209,9 @@ def attend_permute_kernel(
             if VALUE_BITS == 16:
                 shifted = weight
             else:
-                shifted = (weight * (value_scale * WEIGHT_SHIFT)[:, None]).to(tl.float16)
-            output = add_values(output, value_rows, shifted, decay[None, :], VALUE_BITS, VALUE_DIM)
+                shifted = (weight * (seen_scale * WEIGHT_SHIFT)[:, None]).to(tl.float16)
+            output = add_values(output, value_rows, here < end, shifted, decay[None, :], VALUE_BITS, VALUE_DIM)
+            key_scale, value_scale = next_key_scale, next_value_scale
         slot_out = (item + program).to(tl.int64)
         store_output(partial + slot_out * N * VALUE_DIM, output, VALUE_BITS, N, VALUE_DIM)
         tl.store(stats + slot_out * 2 * N + n, maximum)

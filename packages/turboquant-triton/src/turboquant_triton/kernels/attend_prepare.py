@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .attend_plan import write_plan
-from .rotate_vector import rotate_vector
+from .rotate_vector import load_rotation, rotate_vector
 
 LARGEST_INT8 = tl.constexpr(127.0)
 
@@ -14,7 +14,7 @@ LARGEST_INT8 = tl.constexpr(127.0)
 @triton.jit
 def attend_prepare_kernel(
     query,  # float [tokens, KV_HEADS * GROUP, D]
-    hadamard,  # int8 [D, D]
+    hadamard,  # fp16 [D, D]
     signs,  # float32 [D]
     quantized,  # int8 (or float32 when not QUANTIZE) [items, N, D]
     stats,  # float32 [items, 2, N]
@@ -61,6 +61,7 @@ def attend_prepare_kernel(
             ROWS_BLOCK,
         )
     else:
+        matrix = load_rotation(hadamard, D)
         token = vector // (KV_HEADS * GROUP)
         head = vector % (KV_HEADS * GROUP)
         flat = (token % Q_LEN) * GROUP + head % GROUP
@@ -70,7 +71,7 @@ def attend_prepare_kernel(
         source = query + token.to(tl.int64) * token_stride + head * head_stride
         x = tl.load(source + d, mask=d < D, other=0.0).to(tl.float32)
         x *= tl.load(signs + d, mask=d < D, other=0.0)
-        rotated = rotate_vector(x, hadamard, D, False)
+        rotated = rotate_vector(x, matrix, D)
         target = quantized + (item.to(tl.int64) * N + n) * D + d
         if QUANTIZE:
             largest = tl.max(tl.abs(rotated), 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from turboquant_core import Codec, Packed
 
 from ..input_checks import check_codes
-from ..launch import aligned, rotation_operand, rows_config, unit_dtype
+from ..launch import aligned, padded, rotation_operand, rows_config, unit_dtype
 from .unrotate import load_level_rows, unrotate_to
 
 
@@ -53,7 +53,7 @@ def decode(packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> 
     rows = packed.scales.numel()
     if rows == 0:
         return out
-    config = rows_config(rows, layout.head_dim, codec.device)
+    config = rows_config(rows, codec.device)
     decode_kernel[(-(-rows // config.block),)](
         aligned(packed.codes, layout).view(unit_dtype(layout)),
         packed.scales.contiguous(),
@@ -68,8 +68,8 @@ def decode(packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> 
         BITS=layout.bits,
         INT8=layout.form == "int8",
         HAS_CENTER=codec.center is not None,
-        WIDTH=min(config.width_of(layout.head_dim), 64),
+        WIDTH=min(padded(layout.head_dim), 64),
         BLOCK=config.block,
-        num_warps=config.num_warps,
+        num_warps=4,
     )
     return out

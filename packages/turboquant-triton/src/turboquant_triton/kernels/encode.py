@@ -10,10 +10,10 @@ from torch import Tensor
 from turboquant_core import Codec, Packed
 from turboquant_core.reference.vectors import check_vectors
 
-from ..launch import adjacent, check_packable, rotation_operand, rows_config, unit_dtype
-from .pack import pack, store_units
-from .quantize import load_codebook, quantize, stored_scale
-from .rotate import rotate_rows, whole_matrix
+from ..launch import adjacent, check_packable, part_columns, rotation_operand, rows_config, unit_dtype
+from .pack import pack_part, store_units
+from .quantize import level_index, load_bounds, load_levels, nearest, scaled, stored_scale, vector_scale
+from .rotate import load_vectors, power_of_two, rotate_part, signed_halves
 
 
 @triton.jit
@@ -22,21 +22,49 @@ def encode_rows(
     center_row,
     valid,
     signs,
-    operand,
-    codebook,
+    matrix,
+    boundaries,
+    levels,
     D: tl.constexpr,
     BITS: tl.constexpr,
     INT8: tl.constexpr,
     RULE: tl.constexpr,
     HAS_CENTER: tl.constexpr,
     SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Units (as :func:`pack` gives them) and fp16 scales of the vectors at ``row`` (pointers)."""
-    rotated, multiplier = rotate_rows(row, center_row, valid, signs, operand, D, HAS_CENTER, SPLIT, WIDTH)
-    index, negative, scale, finite = quantize(rotated, codebook, BITS, RULE, D, D // (8 if BITS == 4 else 16))
-    units = pack(index, negative, finite, BITS, INT8)
-    return units, stored_scale(scale / multiplier * (1.0 / tl.sqrt(D * 1.0)), finite)
+    """Words (as :func:`store_units` takes them) and fp16 scales of the vectors at ``row`` (pointers)."""
+    ROWS: tl.constexpr = valid.shape[0]
+    PADDED: tl.constexpr = triton.next_power_of_2(D)
+    FIELDS: tl.constexpr = 8 if BITS == 4 else 16
+    UNITS: tl.constexpr = PADDED // FIELDS
+    x = load_vectors(row, center_row, valid, D, HAS_CENTER)
+    multiplier = power_of_two(x)
+    x *= multiplier[:, None]
+    energy = tl.sum(x * x, 1)
+    # The rotation without its 1 / sqrt(D): the root mean square of its coordinates is the norm of x.
+    bounds = scaled(load_bounds(boundaries, BITS), tl.sqrt(energy)[:, None], BITS)
+    table = load_levels(levels, BITS)
+    halves = signed_halves(x, signs, D, SPLIT)
+    inner = tl.zeros((ROWS, COLUMNS), tl.float32)
+    power = tl.zeros((ROWS, COLUMNS), tl.float32)
+    present = (tl.arange(0, COLUMNS) % UNITS < D // FIELDS)[None, :]
+    word = tl.zeros((ROWS, UNITS), tl.int32)
+    other = tl.zeros((ROWS, UNITS), tl.int32)
+    for first in range(0, PADDED, COLUMNS):
+        rotated = rotate_part(halves, matrix, first, D, SPLIT, COLUMNS)
+        level = nearest(tl.abs(rotated), bounds, table, BITS)
+        negative = (rotated > 0) == 0
+        word, other = pack_part((word, other), level_index(level), negative, first // UNITS, BITS, INT8)
+        if RULE == "unbiased" or RULE == "least_squares":
+            inner += tl.abs(rotated) * level
+        if RULE == "renorm" or RULE == "least_squares":
+            power += tl.where(present, level * level, 0.0)
+    finite = energy < float("inf")
+    scale = vector_scale(energy, tl.sum(inner, 1), tl.sum(power, 1), RULE, D) / multiplier
+    LOWEST: tl.constexpr = -1 if BITS == 4 and INT8 else 0
+    words = tl.where(finite[:, None], word, LOWEST), tl.where(finite[:, None], other, 0)
+    return words, stored_scale(scale, finite)
 
 
 @triton.jit
@@ -59,22 +87,19 @@ def encode_kernel(
     RULE: tl.constexpr,
     HAS_CENTER: tl.constexpr,
     SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ROW_UNITS: tl.constexpr = D * BITS // (16 if BITS == 3 else 32)
-    operand = whole_matrix(matrix, signs, D, WIDTH)
-    codebook = load_codebook(boundaries, levels, BITS)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
-        row = block * BLOCK + tl.arange(0, BLOCK)
-        valid = row < rows
-        source = x + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-        units, scale = encode_rows(
-            source, center + (row % inner) * D, valid, signs, operand, codebook,
-            D, BITS, INT8, RULE, HAS_CENTER, SPLIT, WIDTH,
-        )  # fmt: skip
-        store_units(codes + row.to(tl.int64) * ROW_UNITS, units, valid, BITS, D)
-        tl.store(scales + row, scale, mask=valid)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < rows
+    source = x + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    words, scale = encode_rows(
+        source, center + (row % inner) * D, valid, signs, matrix, boundaries, levels,
+        D, BITS, INT8, RULE, HAS_CENTER, SPLIT, COLUMNS,
+    )  # fmt: skip
+    store_units(codes + row.to(tl.int64) * ROW_UNITS, words, valid, BITS, D)
+    tl.store(scales + row, scale, mask=valid)
 
 
 def encode(x: Tensor, codec: Codec) -> Packed:
@@ -94,8 +119,8 @@ def encode(x: Tensor, codec: Codec) -> Packed:
     if scales.numel() == 0:
         return Packed(codes, scales)
     vectors = as_vectors(x)
-    config = rows_config(scales.numel(), layout.head_dim, x.device)
-    encode_kernel[(config.programs,)](
+    config = rows_config(scales.numel(), x.device)
+    encode_kernel[(-(-scales.numel() // config.block),)](
         vectors,
         codec.signs if codec.center is None else codec.center,
         codec.signs,
@@ -114,7 +139,7 @@ def encode(x: Tensor, codec: Codec) -> Packed:
         RULE=codec.scale_rule,
         HAS_CENTER=codec.center is not None,
         SPLIT=needs_split(vectors, codec),
-        WIDTH=config.width_of(layout.head_dim),
+        COLUMNS=part_columns(layout.head_dim),
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

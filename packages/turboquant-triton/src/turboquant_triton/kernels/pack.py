@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Every field of a 4-bit int8 unit at code 0: magnitude 7, negative.
-LOWEST_INT8 = tl.constexpr(-1)
 NIBBLE_ONES = tl.constexpr(0x1111)
 
 
@@ -21,49 +19,55 @@ def sign_shift(field):
 
 
 @triton.jit
-def pack(index, negative, finite, BITS: tl.constexpr, INT8: tl.constexpr):
-    """Units int32 ``[rows, units]`` (``[rows, 4, units]`` at 3 bits, the last plane unused) from magnitudes and signs.
+def pack_part(words, index, negative, first_field, BITS: tl.constexpr, INT8: tl.constexpr):
+    """Add fields ``first_field`` on to ``words``, two int32 ``[rows, units]``.
 
-    A row that is not ``finite`` has codes 0.
+    ``index`` (of the level's magnitude) and ``negative`` are ``[rows, fields * units]``. At 3 bits the first word holds
+    groups 0 and 1 as two times four nibbles, the second groups 2 and 3; else only the first is used.
     """
-    ROWS: tl.constexpr = index.shape[0]
-    PADDED: tl.constexpr = index.shape[1]
+    ROWS: tl.constexpr = words[0].shape[0]
+    UNITS: tl.constexpr = words[0].shape[1]
+    FIELDS: tl.constexpr = index.shape[1] // UNITS
     HALF: tl.constexpr = 1 << (BITS - 1)
+    field = (first_field + tl.arange(0, FIELDS))[None, :, None]
     if BITS == 4 and INT8:
-        field8 = tl.arange(0, 8)[None, :, None]
-        fields = tl.reshape(index, (ROWS, 8, PADDED // 8)) << (4 * field8)
-        fields |= tl.reshape(negative.to(tl.int32), (ROWS, 8, PADDED // 8)) << sign_shift(field8)
-        return tl.where(finite[:, None], tl.sum(fields, 1), LOWEST_INT8)
+        magnitude = tl.reshape(index, (ROWS, FIELDS, UNITS)) << (4 * field)
+        sign = tl.reshape(negative.to(tl.int32), (ROWS, FIELDS, UNITS)) << sign_shift(field)
+        return words[0] + tl.sum(magnitude | sign, 1), words[1]
     else:
-        code = tl.where(finite[:, None], index ^ tl.where(negative, HALF - 1, HALF), 0)
-        if BITS == 4:
-            field4 = tl.arange(0, 8)[None, :, None]
-            return tl.sum(tl.reshape(code, (ROWS, 8, PADDED // 8)) << (4 * field4), 1)
+        code = tl.reshape(index ^ tl.where(negative, HALF - 1, HALF), (ROWS, FIELDS, UNITS))
+        if BITS == 3:
+            part = tl.sum(code << (4 * (field % 8)), 1)
+            return tl.where(first_field < 8, words[0] + part, words[0]), tl.where(
+                first_field < 8, words[1], words[1] + part
+            )
         elif BITS == 2:
-            field2 = tl.arange(0, 16)[None, :, None]
-            shift = 4 * (field2 % 8) + 2 * (field2 // 8)
-            return tl.sum(tl.reshape(code, (ROWS, 16, PADDED // 16)) << shift, 1)
+            return words[0] + tl.sum(code << (4 * (field % 8) + 2 * (field // 8)), 1), words[1]
         else:
-            field3 = tl.arange(0, 4)[None, None, :, None]
-            nibbles = tl.sum(tl.reshape(code, (ROWS, 4, 4, PADDED // 16)) << (4 * field3), 2)
-            group = tl.arange(0, 4)[None, :, None]
-            rest = tl.sum(tl.where(group == 3, nibbles, 0), 1)
-            return nibbles | (((tl.expand_dims(rest, 1) >> group) & NIBBLE_ONES) << 3)
+            return words[0] + tl.sum(code << (4 * field), 1), words[1]
 
 
 @triton.jit
-def store_units(row, units, valid, BITS: tl.constexpr, D: tl.constexpr):
-    """Write what :func:`pack` gives to the code rows at ``row`` (pointers to units)."""
+def store_plane(row, plane, nibbles, rest, valid, D: tl.constexpr):
+    """Write one plane of 3-bit code rows: its own nibbles, and one bit of each of ``rest`` as their fourth."""
+    UNITS: tl.constexpr = D // 16
+    unit = tl.arange(0, triton.next_power_of_2(UNITS))[None, :]
+    units = nibbles | (((rest >> plane) & NIBBLE_ONES) << 3)
+    tl.store(row[:, None] + plane * UNITS + unit, units.to(tl.int16), mask=valid[:, None] & (unit < UNITS))
+
+
+@triton.jit
+def store_units(row, words, valid, BITS: tl.constexpr, D: tl.constexpr):
+    """Write what :func:`pack_part` added up to the code rows at ``row`` (pointers to units)."""
     if BITS == 3:
-        UNITS3: tl.constexpr = D // 16
-        unit3 = tl.arange(0, triton.next_power_of_2(UNITS3))[None, None, :]
-        plane = tl.arange(0, 4)[None, :, None]
-        mask = valid[:, None, None] & (plane < 3) & (unit3 < UNITS3)
-        tl.store(row[:, None, None] + plane * UNITS3 + unit3, units.to(tl.int16), mask=mask)
+        rest = words[1] >> 16
+        store_plane(row, 0, words[0] & 0xFFFF, rest, valid, D)
+        store_plane(row, 1, words[0] >> 16, rest, valid, D)
+        store_plane(row, 2, words[1] & 0xFFFF, rest, valid, D)
     else:
         UNITS: tl.constexpr = D * BITS // 32
         unit = tl.arange(0, triton.next_power_of_2(UNITS))[None, :]
-        tl.store(row[:, None] + unit, units, mask=valid[:, None] & (unit < UNITS))
+        tl.store(row[:, None] + unit, words[0], mask=valid[:, None] & (unit < UNITS))
 
 
 @triton.jit

@@ -53,29 +53,41 @@ def load_levels(levels, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_codebook(boundaries, levels, BITS: tl.constexpr):
-    """What :func:`quantize` needs of a codebook, in registers."""
-    return load_bounds(boundaries, BITS), load_levels(levels, BITS)
+def scaled(bounds, unit, BITS: tl.constexpr):
+    """Boundaries times ``unit`` ``[rows, 1]``: scaling a few boundaries of each row is cheaper than every coordinate."""
+    if BITS == 2:
+        return (bounds[0] * unit,)
+    elif BITS == 3:
+        return bounds[0] * unit, bounds[1] * unit, bounds[2] * unit
+    else:
+        return (
+            bounds[0] * unit,
+            bounds[1] * unit,
+            bounds[2] * unit,
+            bounds[3] * unit,
+            bounds[4] * unit,
+            bounds[5] * unit,
+            bounds[6] * unit,
+        )
 
 
 @triton.jit
-def nearest(magnitude, unit, codebook, BITS: tl.constexpr):
-    """Nearest positive level to ``magnitude / unit``, its index in the last three mantissa bits.
+def nearest(magnitude, bounds, levels, BITS: tl.constexpr):
+    """Nearest positive level to ``magnitude``, in units of the levels, its index in the last three mantissa bits.
 
-    ``unit`` is ``[rows, 1]``: scaling a few boundaries of each row is cheaper than scaling every coordinate.
+    ``bounds`` are in the units of ``magnitude``. A coordinate within rounding of a boundary may take either side.
     """
-    bounds, levels = codebook
     if BITS == 2:
-        return tl.where(magnitude > bounds[0] * unit, levels[1], levels[0])
+        return tl.where(magnitude > bounds[0], levels[1], levels[0])
     elif BITS == 3:
-        high3 = magnitude > bounds[1] * unit
-        low3 = magnitude > tl.where(high3, bounds[2] * unit, bounds[0] * unit)
+        high3 = magnitude > bounds[1]
+        low3 = magnitude > tl.where(high3, bounds[2], bounds[0])
         return tl.where(low3, tl.where(high3, levels[3], levels[1]), tl.where(high3, levels[2], levels[0]))
     else:
-        high = magnitude > bounds[3] * unit
-        middle = magnitude > tl.where(high, bounds[5] * unit, bounds[1] * unit)
-        above = tl.where(high, bounds[6] * unit, bounds[2] * unit)
-        below = tl.where(high, bounds[4] * unit, bounds[0] * unit)
+        high = magnitude > bounds[3]
+        middle = magnitude > tl.where(high, bounds[5], bounds[1])
+        above = tl.where(high, bounds[6], bounds[2])
+        below = tl.where(high, bounds[4], bounds[0])
         low = magnitude > tl.where(middle, above, below)
         odd = tl.where(middle, tl.where(high, levels[7], levels[3]), tl.where(high, levels[5], levels[1]))
         even = tl.where(middle, tl.where(high, levels[6], levels[2]), tl.where(high, levels[4], levels[0]))
@@ -83,34 +95,25 @@ def nearest(magnitude, unit, codebook, BITS: tl.constexpr):
 
 
 @triton.jit
-def quantize(rotated, codebook, BITS: tl.constexpr, RULE: tl.constexpr, D: tl.constexpr, UNITS: tl.constexpr):
-    """Quantize float32 ``[rows, positions]``; padding, the positions whose unit is not below ``UNITS``, holds zeros.
+def level_index(level):
+    """Index of a level that :func:`nearest` gave."""
+    return level.to(tl.int32, bitcast=True) & INDEX_MASK
 
-    Returns the index of the level's magnitude (int32), where the level is negative, the scale of each row in the units
-    of ``rotated``, and which rows are finite. A coordinate within rounding of a boundary may take either side.
+
+@triton.jit
+def vector_scale(energy, inner, power, RULE: tl.constexpr, D: tl.constexpr):
+    """Scale of each row from sums over its coordinates; ``x`` is the vector, ``r = H diag(signs) x`` unnormalised.
+
+    ``energy`` is ``|x|^2``, ``inner`` ``<r, l>`` and ``power`` ``|l|^2`` with the levels ``l``.
     """
-    PADDED: tl.constexpr = triton.next_power_of_2(D)
-    energy = tl.sum(rotated * rotated, 1)
-    finite = energy < float("inf")
-    rms = tl.sqrt(energy / D)
-    magnitude = tl.abs(rotated)
-    level = nearest(magnitude, rms[:, None], codebook, BITS)
-    index = level.to(tl.int32, bitcast=True) & INDEX_MASK
-    negative = (rotated > 0) == 0
     if RULE == "norm":
-        return index, negative, rms, finite
+        return tl.sqrt(energy / D)
+    elif RULE == "renorm":
+        return tl.sqrt(energy / power)
     elif RULE == "unbiased":
-        inner = tl.sum(magnitude * level, 1)
-        return index, negative, energy / tl.where(inner > 0, inner, 1.0), finite
+        return energy * tl.sqrt(D * 1.0) / tl.where(inner > 0, inner, 1.0)
     else:
-        if PADDED != D:
-            unit = tl.arange(0, PADDED) % triton.next_power_of_2(UNITS)
-            level = tl.where((unit < UNITS)[None, :], level, 0.0)
-        power = tl.sum(level * level, 1)
-        if RULE == "renorm":
-            return index, negative, tl.sqrt(energy / power), finite
-        else:
-            return index, negative, tl.sum(magnitude * level, 1) / power, finite
+        return inner / (power * tl.sqrt(D * 1.0))
 
 
 @triton.jit

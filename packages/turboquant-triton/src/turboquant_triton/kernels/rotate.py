@@ -3,6 +3,8 @@
 The matrix is +-1, so products with fp16 inputs are exact and only their float32 sum is rounded. A row is first scaled
 by a power of two that brings its largest coordinate to 2**14 .. 2**15. A 16-bit input then is one fp16 number; a
 float32 one is the sum of two, to 2**-23. Any order costs the same: the matrix is padded with zeros to a power of two.
+
+A tile is rotated in parts, a few positions at a time: a whole one would not leave registers for the work on it.
 """
 
 from __future__ import annotations
@@ -18,32 +20,13 @@ LARGEST_EXPONENT = tl.constexpr(253)
 
 
 @triton.jit
-def load_matrix(matrix, signs, first, D: tl.constexpr, WIDTH: tl.constexpr):
-    """``diag(signs)`` times the transposed operand, coordinates ``first`` on: fp16 ``[WIDTH, positions]``."""
-    PADDED: tl.constexpr = triton.next_power_of_2(D)
-    coordinate = first + tl.arange(0, WIDTH)
-    position = tl.arange(0, PADDED)
-    sign = tl.load(signs + coordinate, mask=coordinate < D, other=0.0).to(tl.float16)
-    return tl.load(matrix + position[None, :] * PADDED + coordinate[:, None]) * sign[:, None]
-
-
-@triton.jit
-def whole_matrix(matrix, signs, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The operand that :func:`rotate_rows` takes: the loaded matrix when it is used whole, else its address."""
-    if triton.next_power_of_2(D) == WIDTH:
-        return load_matrix(matrix, signs, 0, D, WIDTH)
-    else:
-        return matrix
-
-
-@triton.jit
-def load_coordinates(row, center_row, valid, first, D: tl.constexpr, WIDTH: tl.constexpr, HAS_CENTER: tl.constexpr):
-    """float32 ``[rows, WIDTH]`` from coordinate ``first`` on, centred; zero where not ``valid`` and in the padding."""
-    coordinate = first + tl.arange(0, WIDTH)[None, :]
+def load_vectors(row, center_row, valid, D: tl.constexpr, HAS_CENTER: tl.constexpr):
+    """float32 ``[rows, padded D]`` at ``row`` (pointers), centred; zero where not ``valid`` and in the padding."""
+    coordinate = tl.arange(0, triton.next_power_of_2(D))[None, :]
     mask = valid[:, None]
     if triton.next_power_of_2(D) != D:
         mask = mask & (coordinate < D)
-    x = tl.load(row[:, None] + coordinate, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(row[:, None] + coordinate, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if HAS_CENTER:
         x -= tl.load(center_row[:, None] + coordinate, mask=mask, other=0.0)
     return x
@@ -65,38 +48,26 @@ def split(x):
 
 
 @triton.jit
-def rotate_rows(
-    row,
-    center_row,
-    valid,
-    signs,
-    operand,
-    D: tl.constexpr,
-    HAS_CENTER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Rotate the vectors at ``row`` (pointers).
+def signed_halves(x, signs, D: tl.constexpr, SPLIT: tl.constexpr):
+    """``diag(signs) x`` as the fp16 operands of :func:`rotate_part`; the second is empty of meaning unless ``SPLIT``."""
+    coordinate = tl.arange(0, triton.next_power_of_2(D))
+    sign = tl.load(signs + coordinate, mask=coordinate < D, other=0.0).to(tl.float16)[None, :]
+    if SPLIT:
+        high, low = split(x)
+        return high * sign, low * sign
+    else:
+        only = x.to(tl.float16) * sign
+        return only, only
 
-    Returns float32 ``[rows, positions]``, ``H diag(signs) x`` in the operand's order of positions times a power of two
-    of each row, and that power. A vector with an infinity or NaN gives infinities or NaN.
-    """
+
+@triton.jit
+def rotate_part(halves, matrix, first, D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr):
+    """float32 ``[rows, COLUMNS]``: ``H diag(signs) x`` at positions ``first .. first + COLUMNS - 1`` of the operand."""
     PADDED: tl.constexpr = triton.next_power_of_2(D)
-    x = load_coordinates(row, center_row, valid, 0, D, PADDED, HAS_CENTER)
-    multiplier = power_of_two(x)
-    total = tl.zeros((x.shape[0], PADDED), tl.float32)
-    for first in tl.static_range(0, PADDED, WIDTH):
-        if WIDTH == PADDED:
-            part = x
-            columns = operand
-        else:
-            part = load_coordinates(row, center_row, valid, first, D, WIDTH, HAS_CENTER)
-            columns = load_matrix(operand, signs, first, D, WIDTH)
-        part *= multiplier[:, None]
-        if SPLIT:
-            high, low = split(part)
-            total = tl.dot(low, columns, total)
-            total = tl.dot(high, columns, total)
-        else:
-            total = tl.dot(part.to(tl.float16), columns, total)
-    return total, multiplier
+    coordinate = tl.arange(0, PADDED)
+    position = first + tl.arange(0, COLUMNS)
+    columns = tl.load(matrix + position[None, :] * PADDED + coordinate[:, None], eviction_policy="evict_last")
+    if SPLIT:
+        return tl.dot(halves[0], columns, tl.dot(halves[1], columns))
+    else:
+        return tl.dot(halves[0], columns)

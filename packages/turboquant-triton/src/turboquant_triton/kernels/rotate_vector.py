@@ -1,4 +1,8 @@
-"""Hadamard transform of one vector held by one program: a product with a matrix of +-1, for any order."""
+"""Hadamard transform of one vector held by one program: a product with a matrix of +-1, for any order.
+
+The matrix is small enough to stay in the second-level cache, and a product needs no exchange between threads but one
+reduction, unlike the butterflies of the fast transform.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,18 @@ import triton.language as tl
 
 
 @triton.jit
-def rotate_vector(x, hadamard, D: tl.constexpr, TRANSPOSE: tl.constexpr):
-    """``H x / sqrt(D)`` (``H^T x / sqrt(D)``) for float32 ``x`` padded with zeros to a power of two.
-
-    ``hadamard`` is int8 ``[D, D]``. The matrix is small enough to stay in the second-level cache, and a product needs
-    no exchange between threads but one reduction, unlike the butterflies of the fast transform.
-    """
+def load_rotation(matrix, D: tl.constexpr):
+    """fp16 ``[D, D]`` padded with zeros to powers of two; issue it early, its latency is the longest of all."""
     PADDED: tl.constexpr = triton.next_power_of_2(D)
     row = tl.arange(0, PADDED)[:, None]
     column = tl.arange(0, PADDED)[None, :]
-    mask = (row < D) & (column < D)
-    if TRANSPOSE:
-        # Summing over rows keeps the loads contiguous.
-        by_row = tl.sum(
-            tl.expand_dims(x, 1) * tl.load(hadamard + row * D + column, mask=mask, other=0).to(tl.float32), 0
-        )
-        return by_row * (1.0 / tl.sqrt(D * 1.0))
+    if PADDED == D:
+        return tl.load(matrix + row * D + column)
     else:
-        by_column = tl.sum(
-            tl.expand_dims(x, 0) * tl.load(hadamard + row * D + column, mask=mask, other=0).to(tl.float32), 1
-        )
-        return by_column * (1.0 / tl.sqrt(D * 1.0))
+        return tl.load(matrix + row * D + column, mask=(row < D) & (column < D), other=0.0)
+
+
+@triton.jit
+def rotate_vector(x, matrix, D: tl.constexpr):
+    """``matrix @ x / sqrt(D)`` for float32 ``x`` padded with zeros, ``matrix`` as :func:`load_rotation` gives it."""
+    return tl.sum(tl.expand_dims(x, 0) * matrix.to(tl.float32), 1) * (1.0 / tl.sqrt(D * 1.0))

@@ -11,46 +11,71 @@ from turboquant_core import Codec, Packed
 from turboquant_core.reference.vectors import check_vectors
 
 from ..input_checks import check_codes
-from ..launch import adjacent, aligned, rotation_operand, scores_config, unit_dtype
-from .rotate import power_of_two, rotate_rows, split, whole_matrix
+from ..launch import adjacent, aligned, padded, part_columns, rotation_operand, rows_config, scores_config, unit_dtype
+from .rotate import load_vectors, power_of_two, rotate_part, signed_halves, split
 from .unrotate import LEVEL_UNIT, load_level_rows
 
 
 @triton.jit
-def scores_kernel(
+def rotate_kernel(
     query,  # [batch, q_len, D]
-    codes,  # units [batch, kv_len, D * BITS / bits of a unit]
-    scales,  # fp16 [batch, kv_len]
     signs,  # float32 [D]
     matrix,  # fp16 [positions, padded D]
+    out,  # float32 [batch, q_len, positions]
+    rows,
+    q_len,
+    batch_stride,
+    query_stride,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Queries rotated, in the order of positions."""
+    PADDED: tl.constexpr = triton.next_power_of_2(D)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < rows
+    source = query + (row // q_len).to(tl.int64) * batch_stride + (row % q_len).to(tl.int64) * query_stride
+    x = load_vectors(source, source, valid, D, False)
+    multiplier = power_of_two(x)
+    halves = signed_halves(x * multiplier[:, None], signs, D, SPLIT)
+    factor = (1.0 / tl.sqrt(D * 1.0)) / multiplier
+    target = out + row.to(tl.int64) * PADDED
+    for first in range(0, PADDED, COLUMNS):
+        rotated = rotate_part(halves, matrix, first, D, SPLIT, COLUMNS) * factor[:, None]
+        tl.store(target[:, None] + first + tl.arange(0, COLUMNS)[None, :], rotated, mask=valid[:, None])
+
+
+@triton.jit
+def scores_kernel(
+    query,  # float32 [batch, q_len, positions], rotated
+    codes,  # units [batch, kv_len, D * BITS / bits of a unit]
+    scales,  # fp16 [batch, kv_len]
     levels,
     out,  # float32 [batch, q_len, kv_len]
     q_len,
     kv_len,
     scaling,
-    batch_stride,
-    query_stride,
     D: tl.constexpr,
     BITS: tl.constexpr,
     INT8: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Each program scores ``BLOCK`` queries against ``TILES`` tiles of ``KEYS`` keys."""
+    PADDED: tl.constexpr = triton.next_power_of_2(D)
     ROW_UNITS: tl.constexpr = D * BITS // (16 if BITS == 3 else 32)
     programs = tl.cdiv(kv_len, KEYS * TILES)
     batch = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs) * KEYS * TILES
     q = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = query + batch * batch_stride + q.to(tl.int64) * query_stride
-    operand = whole_matrix(matrix, signs, D, WIDTH)
-    rotated, multiplier = rotate_rows(row, row, q < q_len, signs, operand, D, False, SPLIT, WIDTH)
-    second = power_of_two(rotated)
-    high, low = split(rotated * second[:, None])
-    factor = scaling * (1.0 / (LEVEL_UNIT * tl.sqrt(D * 1.0))) / second / multiplier
+    position = tl.arange(0, PADDED)[None, :]
+    rows = (batch * q_len + q.to(tl.int64))[:, None]
+    rotated = tl.load(query + rows * PADDED + position, mask=(q < q_len)[:, None], other=0.0)
+    multiplier = power_of_two(rotated)
+    high, low = split(rotated * multiplier[:, None])
+    factor = scaling * (1.0 / LEVEL_UNIT) / multiplier
     target = out + (batch * q_len + q.to(tl.int64)) * kv_len
     for tile in range(TILES):
         k = first + tile * KEYS + tl.arange(0, KEYS)
@@ -67,7 +92,7 @@ def scores_kernel(
 
 
 def scores(query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Tensor:
-    """:meth:`turboquant_core.KernelProvider.scores` in one launch.
+    """:meth:`turboquant_core.KernelProvider.scores` in two launches.
 
     Leading dimensions broadcast; what is broadcast is copied.
 
@@ -84,26 +109,21 @@ def scores(query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Te
         return out
     queries = adjacent(query).expand(*lead, q_len, head_dim).reshape(-1, q_len, head_dim)
     codes = aligned(packed.codes.expand(*lead, kv_len, code_bytes), layout)
+    rotated = _rotate(queries, codec)
     config = scores_config(kv_len, head_dim)
     grid = (-(-kv_len // (config.keys * config.tiles)) * queries.shape[0], -(-q_len // config.block))
     scores_kernel[grid](
-        queries,
+        rotated,
         codes.view(unit_dtype(layout)),
         packed.scales.expand(*lead, kv_len).contiguous(),
-        codec.signs,
-        rotation_operand(head_dim, layout.bits, query.device),
         codec.levels,
         out,
         q_len,
         kv_len,
         scaling,
-        queries.stride(0),
-        queries.stride(1),
         D=head_dim,
         BITS=layout.bits,
         INT8=layout.form == "int8",
-        SPLIT=queries.dtype == torch.float32,
-        WIDTH=config.width,
         BLOCK=config.block,
         KEYS=config.keys,
         TILES=config.tiles,
@@ -111,3 +131,27 @@ def scores(query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Te
         num_stages=1,
     )
     return out
+
+
+def _rotate(queries: Tensor, codec: Codec) -> Tensor:
+    """``[batch, q_len, head_dim]`` to float32 ``[batch, q_len, positions]``."""
+    batch, q_len, head_dim = queries.shape
+    config = rows_config(batch * q_len, queries.device)
+    rotated = torch.empty((batch, q_len, padded(head_dim)), dtype=torch.float32, device=queries.device)
+    rotate_kernel[(-(-batch * q_len // config.block),)](
+        queries,
+        codec.signs,
+        rotation_operand(head_dim, codec.layout.bits, queries.device),
+        rotated,
+        batch * q_len,
+        q_len,
+        queries.stride(0),
+        queries.stride(1),
+        D=head_dim,
+        SPLIT=queries.dtype == torch.float32,
+        COLUMNS=part_columns(head_dim),
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return rotated

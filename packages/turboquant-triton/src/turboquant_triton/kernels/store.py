@@ -10,11 +10,9 @@ from torch import Tensor
 from turboquant_core import CacheCodec, Codec, RawLayout, VectorLayout
 
 from ..input_checks import check_store
-from ..launch import RowsConfig, adjacent, rotation_operand, rows_config, unit_dtype
+from ..launch import adjacent, part_columns, rotation_operand, rows_config, unit_dtype
 from .encode import encode_rows, needs_split
 from .pack import store_units
-from .quantize import load_codebook
-from .rotate import whole_matrix
 
 
 @triton.jit
@@ -42,15 +40,14 @@ def store_packed(
     slots,
     token_stride,
     head_stride,
-    first_block,
-    blocks,
+    block,
     D: tl.constexpr,
     BITS: tl.constexpr,
     INT8: tl.constexpr,
     RULE: tl.constexpr,
     HAS_CENTER: tl.constexpr,
     SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CODE_OFFSET: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     CHUNK_BYTES: tl.constexpr,
@@ -58,22 +55,19 @@ def store_packed(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Encode every ``blocks``-th tile of rows from ``first_block`` on into its slots."""
+    """Encode tile number ``block`` of the rows into its slots."""
     UNIT_BYTES: tl.constexpr = 2 if BITS == 3 else 4
-    operand = whole_matrix(matrix, signs, D, WIDTH)
-    codebook = load_codebook(boundaries, levels, BITS)
-    for block in range(first_block, tl.cdiv(rows, BLOCK), blocks):
-        row = block * BLOCK + tl.arange(0, BLOCK)
-        chunk, token, valid = load_slots(slot_mapping, row, rows, slots, KV_HEADS, PAGE_SIZE)
-        head = row % KV_HEADS
-        source = x + (row // KV_HEADS).to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-        packed, scale = encode_rows(
-            source, center + head * D, valid, signs, operand, codebook,
-            D, BITS, INT8, RULE, HAS_CENTER, SPLIT, WIDTH,
-        )  # fmt: skip
-        target = chunk * (CHUNK_BYTES // UNIT_BYTES) + CODE_OFFSET // UNIT_BYTES
-        store_units(units + target + token * (D * BITS // 8 // UNIT_BYTES), packed, valid, BITS, D)
-        tl.store(scales + chunk * (CHUNK_BYTES // 2) + SCALE_OFFSET // 2 + token, scale, mask=valid)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    chunk, token, valid = load_slots(slot_mapping, row, rows, slots, KV_HEADS, PAGE_SIZE)
+    head = row % KV_HEADS
+    source = x + (row // KV_HEADS).to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    words, scale = encode_rows(
+        source, center + head * D, valid, signs, matrix, boundaries, levels,
+        D, BITS, INT8, RULE, HAS_CENTER, SPLIT, COLUMNS,
+    )  # fmt: skip
+    target = chunk * (CHUNK_BYTES // UNIT_BYTES) + CODE_OFFSET // UNIT_BYTES
+    store_units(units + target + token * (D * BITS // 8 // UNIT_BYTES), words, valid, BITS, D)
+    tl.store(scales + chunk * (CHUNK_BYTES // 2) + SCALE_OFFSET // 2 + token, scale, mask=valid)
 
 
 @triton.jit
@@ -85,8 +79,7 @@ def store_raw(
     slots,
     token_stride,
     head_stride,
-    first_block,
-    blocks,
+    block,
     D: tl.constexpr,
     OFFSET: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -94,15 +87,14 @@ def store_raw(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy every ``blocks``-th tile of rows; ``OFFSET`` and ``CHUNK`` count elements."""
+    """Copy tile number ``block`` of the rows; ``OFFSET`` and ``CHUNK`` count elements."""
     d = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    for block in range(first_block, tl.cdiv(rows, BLOCK), blocks):
-        row = block * BLOCK + tl.arange(0, BLOCK)
-        chunk, token, valid = load_slots(slot_mapping, row, rows, slots, KV_HEADS, PAGE_SIZE)
-        source = x + (row // KV_HEADS).to(tl.int64) * token_stride + (row % KV_HEADS).to(tl.int64) * head_stride
-        mask = valid[:, None] & (d < D)
-        value = tl.load(source[:, None] + d, mask=mask)
-        tl.store(pages + (chunk * CHUNK + OFFSET + token * D)[:, None] + d, value, mask=mask)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    chunk, token, valid = load_slots(slot_mapping, row, rows, slots, KV_HEADS, PAGE_SIZE)
+    source = x + (row // KV_HEADS).to(tl.int64) * token_stride + (row % KV_HEADS).to(tl.int64) * head_stride
+    mask = valid[:, None] & (d < D)
+    value = tl.load(source[:, None] + d, mask=mask)
+    tl.store(pages + (chunk * CHUNK + OFFSET + token * D)[:, None] + d, value, mask=mask)
 
 
 @triton.jit
@@ -134,13 +126,13 @@ def store_kernel(
     RULE: tl.constexpr,
     HAS_CENTER: tl.constexpr,
     SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_BITS: tl.constexpr,  # those of a float when raw
     VALUE_INT8: tl.constexpr,
     VALUE_RULE: tl.constexpr,
     VALUE_SPLIT: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
     RAW: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
     KEY_SCALE_OFFSET: tl.constexpr,
@@ -150,25 +142,24 @@ def store_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    half = tl.num_programs(0) // 2
-    if program < half:
+    block = tl.program_id(0) // 2
+    if tl.program_id(0) % 2 == 0:
         store_packed(
             key, center, key_signs, key_matrix, key_boundaries, key_levels, key_units, scales, slot_mapping,
-            rows, slots, key_token_stride, key_head_stride, program, half,
-            D, BITS, INT8, RULE, HAS_CENTER, SPLIT, WIDTH, 0, KEY_SCALE_OFFSET, CHUNK_BYTES, KV_HEADS, PAGE_SIZE, BLOCK,
+            rows, slots, key_token_stride, key_head_stride, block,
+            D, BITS, INT8, RULE, HAS_CENTER, SPLIT, COLUMNS, 0, KEY_SCALE_OFFSET, CHUNK_BYTES, KV_HEADS, PAGE_SIZE, BLOCK,
         )  # fmt: skip
     elif RAW:
         store_raw(
             value, value_units, slot_mapping,
-            rows, slots, value_token_stride, value_head_stride, program - half, half,
+            rows, slots, value_token_stride, value_head_stride, block,
             VALUE_DIM, VALUE_OFFSET * 8 // VALUE_BITS, CHUNK_BYTES * 8 // VALUE_BITS, KV_HEADS, PAGE_SIZE, BLOCK,
         )  # fmt: skip
     else:
         store_packed(
             value, center, value_signs, value_matrix, value_boundaries, value_levels, value_units, scales, slot_mapping,
-            rows, slots, value_token_stride, value_head_stride, program - half, half,
-            VALUE_DIM, VALUE_BITS, VALUE_INT8, VALUE_RULE, False, VALUE_SPLIT, VALUE_WIDTH,
+            rows, slots, value_token_stride, value_head_stride, block,
+            VALUE_DIM, VALUE_BITS, VALUE_INT8, VALUE_RULE, False, VALUE_SPLIT, VALUE_COLUMNS,
             VALUE_OFFSET, VALUE_SCALE_OFFSET, CHUNK_BYTES, KV_HEADS, PAGE_SIZE, BLOCK,
         )  # fmt: skip
 
@@ -186,9 +177,8 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
     if rows == 0:
         return
     key, value = adjacent(key), adjacent(value)
-    wide = max(codec.layout.key.head_dim, codec.layout.value.head_dim)
-    config = rows_config(rows, wide, key.device)
-    store_kernel[(2 * config.programs,)](
+    config = rows_config(rows, key.device)
+    store_kernel[(2 * -(-rows // config.block),)](
         key,
         value,
         codec.key.signs if codec.key.center is None else codec.key.center,
@@ -204,8 +194,8 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        **_key_constants(key, codec.key, config),
-        **_value_constants(value, codec, config),
+        **_key_constants(key, codec.key),
+        **_value_constants(value, codec),
         VALUE_OFFSET=codec.layout.value_offset,
         KEY_SCALE_OFFSET=codec.layout.key_scale_offset,
         VALUE_SCALE_OFFSET=codec.layout.value_scale_offset,
@@ -223,7 +213,7 @@ def _operands(codec: Codec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codec.signs, matrix, codec.boundaries, codec.levels
 
 
-def _key_constants(key: Tensor, codec: Codec, config: RowsConfig) -> dict[str, int | str | bool]:
+def _key_constants(key: Tensor, codec: Codec) -> dict[str, int | str | bool]:
     return {
         "D": codec.layout.head_dim,
         "BITS": codec.layout.bits,
@@ -231,11 +221,11 @@ def _key_constants(key: Tensor, codec: Codec, config: RowsConfig) -> dict[str, i
         "RULE": codec.scale_rule,
         "HAS_CENTER": codec.center is not None,
         "SPLIT": needs_split(key, codec),
-        "WIDTH": config.width_of(codec.layout.head_dim),
+        "COLUMNS": part_columns(codec.layout.head_dim),
     }
 
 
-def _value_constants(value: Tensor, codec: CacheCodec, config: RowsConfig) -> dict[str, int | str | bool]:
+def _value_constants(value: Tensor, codec: CacheCodec) -> dict[str, int | str | bool]:
     layout = codec.layout.value
     return {
         "VALUE_DIM": layout.head_dim,
@@ -243,6 +233,6 @@ def _value_constants(value: Tensor, codec: CacheCodec, config: RowsConfig) -> di
         "VALUE_INT8": isinstance(layout, VectorLayout) and layout.form == "int8",
         "VALUE_RULE": "" if codec.value is None else codec.value.scale_rule,
         "VALUE_SPLIT": codec.value is not None and needs_split(value, codec.value),
-        "VALUE_WIDTH": config.width_of(layout.head_dim),
+        "VALUE_COLUMNS": part_columns(layout.head_dim),
         "RAW": codec.value is None,
     }
