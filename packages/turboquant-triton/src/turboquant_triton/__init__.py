@@ -1,7 +1,8 @@
-"""Fused Triton kernels for the TurboQuant packed KV cache, found by turboquant-core through an entry point."""
+"""Fused Triton kernels for the TurboQuant packed KV cache; turboquant-core finds them by entry point."""
 
 from __future__ import annotations
 
 from ._version import __version__
+from .provider import TritonProvider
 
-__all__ = ["__version__"]
+__all__ = ["TritonProvider", "__version__"]

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from turboquant_core import Attended, CacheCodec, PageLayout, RawLayout
+from turboquant_core import Attended, CacheCodec, KernelRequest, PageLayout, RawLayout
 
 from .checks import check_attend
 from .device import hadamard_fp16, multiprocessors
@@ -19,7 +19,7 @@ from .kernels.attend_portable import attend_portable_kernel
 from .kernels.attend_prepare import attend_prepare_kernel
 from .kernels.unpack_asm import cubic_levels, int8_levels
 from .tuning import PORTABLE, AttendConfig, attend_config
-from .workspace import AttendShape, Workspace, carve
+from .workspace import AttendShape, Workspace, carve, workspace_bytes
 
 _RAW_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _WEIGHT_SHIFT = 2.0**15
@@ -81,6 +81,15 @@ def attend(
     run(query, pages, block_table, codec, options, shape, config, space, programs, seq_starts is not None)
     _merge(codec, sinks, out, lse, shape, space, programs, permute)
     return Attended(out, lse)
+
+
+def attend_workspace_bytes(request: KernelRequest, tokens: int, batch: int, permute: bool) -> int:
+    """Scratch bytes of any call with ``tokens`` queries of ``batch`` sequences, of equal length or not."""
+    programs = config_for(request.layout, permute).programs_per_sm * multiprocessors(request.device)
+    heads, group = request.layout.kv_heads, request.group_size
+    equal = AttendShape.build(batch, max(tokens // max(batch, 1), 1), group, heads, permute)
+    ragged = AttendShape.build(max(tokens, 1), 1, group, heads, permute)
+    return max(workspace_bytes(shape, programs, request.layout, permute) for shape in (equal, ragged))
 
 
 def _pieces(shape: AttendShape, programs: int) -> int:

@@ -35,11 +35,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return _INTERPRETED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@lru_cache(maxsize=16)
-def has_permute(device: torch.device) -> bool:
-    """Whether byte-permute PTX runs: an NVIDIA GPU from sm_80 with a CUDA build of torch."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)

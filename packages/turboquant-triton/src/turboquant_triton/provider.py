@@ -1,51 +1,124 @@
-"""The provider that turboquant-core finds by entry point. Imports no kernel before it is asked for one."""
+"""The provider that turboquant-core finds by entry point. Kernels are imported when the first one is launched."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from turboquant_core import LAYOUT_VERSION, KernelRequest, PageLayout, RawLayout
+from turboquant_core import Attended, CacheCodec, Codec, Gathered, KernelRequest, Packed, PageLayout
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LARGEST_HEAD_DIM = 256
-_HEAD_DIM_MULTIPLE = 16
-
-
-def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU (``TRITON_INTERPRET=1``, read when Triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+from .support import permute_supported, unsupported_reason
 
 
-def _layout_reason(layout: PageLayout) -> str | None:
-    if layout.version != LAYOUT_VERSION:
-        return f"layout version {layout.version}, this provider implements {LAYOUT_VERSION}"
-    for vector in (layout.key, layout.value):
-        if vector.head_dim > _LARGEST_HEAD_DIM or vector.head_dim % _HEAD_DIM_MULTIPLE:
-            return f"head_dim is {vector.head_dim}, needs a multiple of {_HEAD_DIM_MULTIPLE} up to {_LARGEST_HEAD_DIM}"
-    return None
+class TritonProvider:
+    """All six operations as fused kernels. See :class:`turboquant_core.KernelProvider` for shapes and meaning.
 
+    ``attend`` has two forms over the same bytes: on NVIDIA GPUs from sm_80 byte-permute instructions and int8 tensor
+    cores, for the format's own codebooks (``int8`` keys, ``cubic`` or 16-bit values); elsewhere plain Triton. The first
+    quantizes each rotated query to int8 (relative error below 1 % of a score's standard deviation).
 
-def _device_reason(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with the GPU builds of torch"
-    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
-        return None
-    return f"device is {device}, needs cuda (or TRITON_INTERPRET=1 for a slow check on the CPU)"
+    Args:
+        portable: never take the byte-permute form.
+    """
 
+    name: ClassVar[str] = "triton"
+    priority: ClassVar[int] = 100
 
-def unsupported_reason(request: KernelRequest) -> str | None:
-    """See :meth:`turboquant_core.KernelProvider.unsupported_reason`."""
-    reason = _device_reason(request.device) or _layout_reason(request.layout)
-    if reason is not None:
+    def __init__(self, *, portable: bool = False) -> None:
+        self._portable = portable
+
+    def unsupported_reason(self, request: KernelRequest) -> str | None:
+        """See :meth:`KernelProvider.unsupported_reason`; on a GPU this runs the self-test of the device once."""
+        reason = unsupported_reason(request)
+        if reason is None and self._permutes(request.layout, request.device, request.dtype):
+            from .self_test import self_test_reason
+
+            return self_test_reason(request.device)
         return reason
-    if request.dtype not in _DTYPES:
-        return f"dtype is {request.dtype}, needs one of {', '.join(map(str, _DTYPES))}"
-    if request.dtype == torch.bfloat16 and interpreting():
-        return "dtype is torch.bfloat16, which Triton's interpreter multiplies as raw bits; use torch.float16 there"
-    value = request.layout.value
-    if isinstance(value, RawLayout) and value.itemsize != request.dtype.itemsize:
-        return f"raw values have {value.itemsize} bytes a coordinate, {request.dtype} has {request.dtype.itemsize}"
-    return None
+
+    def _permutes(self, layout: PageLayout, device: torch.device, dtype: torch.dtype) -> bool:
+        return not self._portable and permute_supported(layout, device, dtype)
+
+    def encode(self, x: Tensor, codec: Codec) -> Packed:
+        """See :meth:`KernelProvider.encode`."""
+        from .kernels.encode import encode
+
+        return encode(x, codec)
+
+    def decode(self, packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See :meth:`KernelProvider.decode`."""
+        from .kernels.decode import decode
+
+        return decode(packed, codec, dtype)
+
+    def scores(self, query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Tensor:
+        """See :meth:`KernelProvider.scores`."""
+        from .kernels.scores import scores
+
+        return scores(query, packed, codec, scaling=scaling)
+
+    def store(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec: CacheCodec) -> None:
+        """See :meth:`KernelProvider.store`; on a GPU a slot beyond the pages is skipped, not refused."""
+        from .kernels.store import store
+
+        store(key, value, pages, slot_mapping, codec)
+
+    def attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        codec: CacheCodec,
+        *,
+        scaling: float,
+        query_start_loc: Tensor | None = None,
+        seq_starts: Tensor | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> Attended:
+        """See :meth:`KernelProvider.attend`; fixed grid, no host read: safe in a CUDA graph after a first call."""
+        from .attend import AttendOptions, attend
+
+        return attend(
+            query,
+            pages,
+            block_table,
+            seq_lens,
+            codec,
+            AttendOptions(scaling, window, softcap),
+            query_start_loc=query_start_loc,
+            seq_starts=seq_starts,
+            sinks=sinks,
+            out=out,
+            workspace=workspace,
+            permute=self._permutes(codec.layout, query.device, query.dtype),
+        )
+
+    def workspace_bytes(self, request: KernelRequest, tokens: int, batch: int) -> int:
+        """See :meth:`KernelProvider.workspace_bytes`; does not depend on the context."""
+        from .attend import attend_workspace_bytes
+
+        permute = self._permutes(request.layout, request.device, request.dtype)
+        return attend_workspace_bytes(request, tokens, batch, permute)
+
+    def gather(
+        self,
+        pages: Tensor,
+        block_table: Tensor,
+        codec: CacheCodec,
+        *,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        rotated: bool = False,
+    ) -> Gathered:
+        """See :meth:`KernelProvider.gather`."""
+        from .kernels.gather import gather
+
+        return gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)

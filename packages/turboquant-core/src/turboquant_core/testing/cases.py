@@ -124,4 +124,5 @@ def random_query(case: PagedCase, tokens: int, group_size: int, dtype: torch.dty
     """Gaussian queries ``[tokens, kv_heads * group_size, head_dim]`` on the case's device."""
     generator = torch.Generator().manual_seed(seed)
     shape = (tokens, case.codec.layout.kv_heads * group_size, case.codec.layout.key.head_dim)
-    return torch.randn(shape, generator=generator).to(dtype).to(case.pages.device)
+    # Small, so that many tokens get weight: keys have norms over two orders of magnitude.
+    return (0.3 * torch.randn(shape, generator=generator)).to(dtype).to(case.pages.device)

@@ -149,7 +149,8 @@ def encode(x: Tensor, codec: Codec) -> Packed:
 
 def as_vectors(x: Tensor) -> Tensor:
     """``[..., n, head_dim]`` as ``[outer, n, head_dim]`` with adjacent coordinates, without a copy where possible."""
-    return adjacent(x).reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+    x = adjacent(x)
+    return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
 
 
 def needs_split(x: Tensor, codec: Codec) -> bool:

@@ -19,6 +19,12 @@ def sign_shift(field):
 
 
 @triton.jit
+def union(a, b):
+    """Combine function of a reduction over disjoint bits."""
+    return a | b
+
+
+@triton.jit
 def pack_part(words, index, negative, first_field, BITS: tl.constexpr, INT8: tl.constexpr):
     """Add fields ``first_field`` on to ``words``, two int32 ``[rows, units]``.
 
@@ -32,19 +38,18 @@ def pack_part(words, index, negative, first_field, BITS: tl.constexpr, INT8: tl.
     field = (first_field + tl.arange(0, FIELDS))[None, :, None]
     if BITS == 4 and INT8:
         magnitude = tl.reshape(index, (ROWS, FIELDS, UNITS)) << (4 * field)
-        sign = tl.reshape(negative.to(tl.int32), (ROWS, FIELDS, UNITS)) << sign_shift(field)
-        return words[0] + tl.sum(magnitude | sign, 1), words[1]
+        sign = tl.where(tl.reshape(negative, (ROWS, FIELDS, UNITS)), 1 << sign_shift(field), 0)
+        return words[0] | tl.reduce(magnitude | sign, 1, union), words[1]
     else:
         code = tl.reshape(index ^ tl.where(negative, HALF - 1, HALF), (ROWS, FIELDS, UNITS))
         if BITS == 3:
-            part = tl.sum(code << (4 * (field % 8)), 1)
-            return tl.where(first_field < 8, words[0] + part, words[0]), tl.where(
-                first_field < 8, words[1], words[1] + part
-            )
+            part = tl.reduce(code << (4 * (field % 8)), 1, union)
+            front = first_field < 8
+            return words[0] | tl.where(front, part, 0), words[1] | tl.where(front, 0, part)
         elif BITS == 2:
-            return words[0] + tl.sum(code << (4 * (field % 8) + 2 * (field // 8)), 1), words[1]
+            return words[0] | tl.reduce(code << (4 * (field % 8) + 2 * (field // 8)), 1, union), words[1]
         else:
-            return words[0] + tl.sum(code << (4 * field), 1), words[1]
+            return words[0] | tl.reduce(code << (4 * field), 1, union), words[1]
 
 
 @triton.jit
