@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .compat import ATTENTION_FUNCTIONS, MASK_FUNCTIONS, eager_mask, sdpa_attention_forward, sdpa_mask
-from .fused import LARGEST_FUSED_QUERY, fused_attention
-from .handle import PackedTensor, StepPast, packed_pair
+from .fused import LARGEST_FUSED_QUERY, LONG_QUERY, fused_attention, unfit_query
+from .handle import StepPast, packed_pair
 from .visibility import Visibility, read_mask
 
 NAME = "turboquant"
@@ -19,29 +19,33 @@ NAME = "turboquant"
 EAGER_NAME = "turboquant_eager"
 """The same over a model's own ``eager`` attention."""
 
-# Arguments that do not change the result, or that are read below; anything else that is set is unknown.
+# Arguments that do not change the result of attention; those that are read below; any other that is set is unknown.
 _HARMLESS = {
-    "position_ids",
-    "use_cache",
     "cache_position",
-    "output_attentions",
-    "is_causal",
-    "sliding_window",
-    "dropout",
+    "labels",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
 }
-_UNDERSTOOD = {"softcap", "s_aux"}
+_UNDERSTOOD = {"dropout", "is_causal", "s_aux", "sliding_window", "softcap"}
+_KNOWN = _HARMLESS | _UNDERSTOOD
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _unknown_argument(kwargs: dict[str, Any]) -> str | None:
     """The first argument that might change the result in a way that packed attention does not know."""
-    for name, value in kwargs.items():
-        if name in _UNDERSTOOD or value is None or value is False:
-            continue
-        if name not in _HARMLESS and isinstance(value, Tensor | int | float | tuple | list | dict):
-            return name
-    return "output_attentions" if kwargs.get("output_attentions") else None
+    is_set = (name for name, value in kwargs.items() if value is not None and value is not False)
+    return next((name for name in is_set if name not in _KNOWN), None)
+
+
+def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def _visibility(
@@ -50,37 +54,39 @@ def _visibility(
     unknown = _unknown_argument(kwargs)
     if unknown is not None:
         return f"argument {unknown}"
+    if module.training and kwargs.get("dropout"):
+        return "attention dropout"
     if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < step.past.length:
         return "sliding window shorter than the packed past"
     if query.shape[2] > LARGEST_FUSED_QUERY:
-        return "a long chunk of queries over a past"
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    return read_mask(mask, query.shape[0], query.shape[2], step.past.length, causal)
+        return LONG_QUERY
+    unfit = unfit_query(step, query)
+    if unfit is not None:
+        return unfit
+    return read_mask(mask, query.shape[0], query.shape[2], step.past.length, _is_causal(module, kwargs))
 
 
-def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """Bool ``[1, 1, q_len, length]``, aligned to the last key: what a missing mask means over a past."""
-    q_len, length = query.shape[2], key.shape[2]
+def _causal_mask(base: Attention, query: Tensor, length: int) -> Tensor:
+    """Mask ``[1, 1, q_len, length]``, aligned to the last key: what a missing mask means over a past."""
+    q_len = query.shape[2]
     position = torch.arange(length - q_len, length, device=query.device).view(1, 1, -1, 1)
-    return torch.arange(length, device=query.device).view(1, 1, 1, -1) <= position
+    visible = torch.arange(length, device=query.device).view(1, 1, 1, -1) <= position
+    if base is sdpa_attention_forward:
+        return visible
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
 
 
-def _dense_attention(
+def _decoded_attention(
     base: Attention,
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    step: StepPast,
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    key, value = (x.dense() if isinstance(x, PackedTensor) else x for x in (key, value))
-    if mask is None and 1 < query.shape[2] < key.shape[2] and getattr(module, "is_causal", True):
-        mask = _causal_mask(query, key)
-        if base is not sdpa_attention_forward:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return base(module, query, key, value, mask, **kwargs)
+    if mask is None and 1 < query.shape[2] < step.past.length and _is_causal(module, kwargs):
+        mask = _causal_mask(base, query, step.past.length)
+    return base(module, query, *step.decoded, mask, **kwargs)
 
 
 def _eager_of(module: torch.nn.Module) -> Attention:
@@ -100,13 +106,12 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     step = packed_pair(key, value)
     if step is None:
-        return _dense_attention(base, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        # A prompt, another kind of layer or of cache: exactly what the model did before.
+        return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     visibility = _visibility(module, step, query, attention_mask, kwargs)
-    if module.training and kwargs.get("dropout"):
-        visibility = "attention dropout"
     if isinstance(visibility, str):
-        step.counters.decoded(visibility)
-        return _dense_attention(base, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        step.count_decoded(visibility)
+        return _decoded_attention(base, module, query, step, attention_mask, scaling=scaling, **kwargs)
     step.counters.paths["fused"] += 1
     out = fused_attention(
         step,

@@ -10,6 +10,16 @@ from .visibility import Visibility
 LARGEST_FUSED_QUERY = 16
 """Longer chunks read every key for many queries at once: decoding once is cheaper than packed attention."""
 
+LONG_QUERY = "a long chunk of queries over a past"
+
+
+def unfit_query(step: StepPast, query: Tensor) -> str | None:
+    """Why packed attention cannot take ``query``, whatever the mask; None when it can."""
+    if step.past.codec.value is None and query.dtype != step.dtype:
+        # Raw values are read as the query's dtype.
+        return f"{query.dtype} queries over raw {step.dtype} values"
+    return None
+
 
 def fused_attention(
     step: StepPast,

@@ -33,11 +33,20 @@ class StepPast:
         self.past = past
         self.dtype = dtype
         self.counters = counters
+        self._is_counted = False
+
+    def count_decoded(self, reason: str) -> None:
+        """Count this forward as decoded; only its first reason counts, a model's attention has several operations."""
+        if not self._is_counted:
+            self._is_counted = True
+            self.counters.decoded(reason)
 
     @cached_property
     def decoded(self) -> Gathered:
         """Dense keys and values, decoded once however many operations ask."""
-        return self.past.read(0, self.past.length, self.dtype)
+        keys, values = self.past.read(0, self.past.length, self.dtype)
+        # The strides that the handles have promised: models call view().
+        return Gathered(keys.contiguous(), values.contiguous())
 
 
 class PackedTensor(Tensor):
@@ -85,7 +94,7 @@ class PackedTensor(Tensor):
         def decode(value: Any) -> Any:
             if not isinstance(value, PackedTensor):
                 return value
-            value.step.counters.decoded(f"operation {func}")
+            value.step.count_decoded(f"operation {func}")
             return value.dense()
 
         return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))

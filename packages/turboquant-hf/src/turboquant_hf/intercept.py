@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import LARGEST_FUSED_QUERY, fused_attention
+from .fused import LARGEST_FUSED_QUERY, LONG_QUERY, fused_attention, unfit_query
 from .handle import PackedTensor, StepPast, packed_pair
 from .visibility import Visibility, read_mask
 
@@ -20,8 +20,18 @@ def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float
     if query.shape[1] % step.past.codec.layout.kv_heads:
         return f"{query.shape[1]} query heads over {step.past.codec.layout.kv_heads} KV heads"
     if q_len > LARGEST_FUSED_QUERY and mask is not None:
-        return "a long chunk of queries over a past"
+        return LONG_QUERY
+    unfit = unfit_query(step, query)
+    if unfit is not None:
+        return unfit
     return read_mask(mask, query.shape[0], q_len, length, causal=False)
+
+
+def _dense(x: Tensor) -> Tensor:
+    if not isinstance(x, PackedTensor):
+        return x
+    x.step.count_decoded("keys or values that the model changes before attention")
+    return x.dense()
 
 
 def intercepted_attention(
@@ -42,8 +52,8 @@ def intercepted_attention(
             step.counters.paths["intercepted"] += 1
             scaling = query.shape[-1] ** -0.5 if scale is None else scale
             return fused_attention(step, query, visibility, scaling=scaling)
-        step.counters.decoded(visibility)
-    key, value = (x.dense() if isinstance(x, PackedTensor) else x for x in (key, value))
+        step.count_decoded(visibility)
+    key, value = (_dense(x) for x in (key, value))
     return F.scaled_dot_product_attention(
         query,
         key,

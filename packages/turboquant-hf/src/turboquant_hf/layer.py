@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class TurboQuantLayer(DynamicLayer):
         packed = VectorLayout(value.shape[-1], self.options.value_bits, "cubic") if self.packs_values else None
         return PageLayout(
             key=VectorLayout(key.shape[-1], self.options.key_bits, "int8"),
-            value=packed or RawLayout(value.shape[-1], value.element_size()),
+            value=packed or RawLayout(value.shape[-1], self.dtype.itemsize),
             page_size=self.options.page_size,
             kv_heads=key.shape[1],
         )
@@ -73,12 +74,21 @@ class TurboQuantLayer(DynamicLayer):
 
         The first call returns its arguments, so that a prompt is attended to in full precision by the model's own
         kernel; later calls return :class:`PackedTensor` handles of the whole past.
+
+        Raises:
+            ValueError: another number of sequences than the cache holds.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         store = self.packed_sequences
+        if key_states.shape[0] != store.batch:
+            raise ValueError(
+                f"layer {self.layer_idx} holds {store.batch} sequences and got {key_states.shape[0]}: this cache "
+                "belongs to another prompt; start a new cache, or call reset() on this one"
+            )
         first = store.length == 0
-        store.append(key_states, value_states)
+        # Raw values are stored as they are, so that one dtype must do for the whole past.
+        store.append(key_states, value_states.to(self.dtype))
         return (key_states, value_states) if first else self._handles()
 
     @property
@@ -155,6 +165,16 @@ class TurboQuantLayer(DynamicLayer):
         """Keep the sequences ``indices`` (integers or a boolean mask)."""
         if self.store is not None:
             self.store.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurboQuantLayer:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        if self.store is not None:
+            # Neither belongs to one cache: a provider may hold compiled kernels and device scratch.
+            memo[id(self.store.provider)] = self.store.provider
+            memo[id(self.store.codec)] = self.store.codec
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def offload(self) -> None:
         """Refused: packed pages are small and stay on the device.

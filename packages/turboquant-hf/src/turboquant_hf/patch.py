@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from turboquant_core import TurboQuantError
 
-from .attention import EAGER_NAME, NAME, register
+from .attention import register
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
 from .options import Bits, CompressV
+from .registration import BASES, NAMES, why_not_registered
 from .verify import verify_model
-
-_BASES = {"sdpa": NAME, "eager": EAGER_NAME}
-_NAMES = {name: base for base, name in _BASES.items()}
-_BRANCHES_ON_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\s|not in\s)")
-_USES_INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS\.get_interface\(")
-
-
-def _source(model: PreTrainedModel) -> str:
-    """Source of the file that defines the model."""
-    file = sys.modules[type(model).__module__].__file__
-    return Path(file).read_text(encoding="utf-8") if file else ""
-
-
-def can_register(model: PreTrainedModel) -> str | None:
-    """None when the model takes its attention by name; else why it is left untouched (calls are intercepted then)."""
-    base = model.config._attn_implementation
-    if base not in _BASES and base not in _NAMES:
-        return f"its attention is {base!r}, not one of {', '.join(_BASES)}: load it with attn_implementation='sdpa'"
-    source = _source(model)
-    if not _USES_INTERFACE.search(source):
-        return "its attention does not go through Transformers' attention interface"
-    if _BRANCHES_ON_NAME.search(source):
-        return "its code branches on the name of the attention implementation"
-    return None
 
 
 def _switch(model: PreTrainedModel, names: dict[str, str]) -> None:
-    current = model.config._attn_implementation
+    current = model.config.get_text_config(decoder=True)._attn_implementation
     if current in names:
         # The text model alone: a vision tower has no cache.
         target: Any = names[current]
@@ -88,9 +62,9 @@ def patch_model(
         )
 
     cache = fresh()
-    if can_register(model) is None:
+    if why_not_registered(model) is None:
         register()
-        _switch(model, _BASES)
+        _switch(model, BASES)
     if verify:
         try:
             verify_model(model, fresh)
@@ -102,7 +76,7 @@ def patch_model(
 
 def unpatch_model(model: PreTrainedModel) -> None:
     """Give the model its attention implementation back. Idempotent."""
-    _switch(model, _NAMES)
+    _switch(model, NAMES)
 
 
 @contextmanager

@@ -6,10 +6,12 @@ representable, and the caller decodes instead.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,9 @@ def _is_additive_zero_or_hidden(mask: Tensor) -> bool:
     return mask.dtype == torch.bool or bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all())
 
 
-def _padding_of(mask: Tensor, length: int) -> Tensor | None:
-    """Starts of a 2D mask ``[batch, >= length]``, or None when it hides anything but a prefix."""
-    visible = mask[:, -length:].bool() if mask.shape[1] >= length else mask.bool()
+def _padding_of(mask: Tensor) -> Tensor | None:
+    """Starts of a 2D mask ``[batch, length]``, or None when it hides anything but a prefix."""
+    visible = mask.bool()
     starts = visible.int().argmax(-1)
     expected = torch.arange(visible.shape[1], device=mask.device) >= starts.unsqueeze(1)
     return starts.int() if torch.equal(visible, expected) else None
@@ -52,6 +54,10 @@ def _pattern(starts: Tensor, q_len: int, length: int, causal: bool) -> Tensor:
     return visible & (key <= query)
 
 
+_read_masks: MutableMapping[Tensor, dict[tuple[int, ...], Visibility | str]] = WeakTensorKeyDictionary()
+"""What masks were found to say: the layers of a forward share one, and reading it waits for the device."""
+
+
 def read_mask(mask: Tensor | None, batch: int, q_len: int, length: int, causal: bool) -> Visibility | str:
     """Visibility of a call, or the reason why packed attention cannot express it.
 
@@ -64,11 +70,24 @@ def read_mask(mask: Tensor | None, batch: int, q_len: int, length: int, causal: 
     """
     if mask is None:
         return Visibility(causal=causal or q_len == 1)
-    if mask.dim() == 2:
-        starts = _padding_of(mask, length)
+    if mask.is_inference():
+        # Its changes cannot be seen, so what was read once may be out of date.
+        return _read(mask, batch, q_len, length)
+    call = (mask._version, batch, q_len, length)
+    known = _read_masks.setdefault(mask, {})
+    if call not in known:
+        known[call] = _read(mask, batch, q_len, length)
+    return known[call]
+
+
+def _read(mask: Tensor, batch: int, q_len: int, length: int) -> Visibility | str:
+    if tuple(mask.shape) == (batch, length):
+        starts = _padding_of(mask)
         return "padding inside a sequence" if starts is None else Visibility(True, starts)
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != length:
-        return f"mask of shape {tuple(mask.shape)}"
+    if mask.dim() != 4 or mask.shape[3] != length:
+        return "mask that is neither [batch, length] nor [batch, heads, q_len, length]"
+    if mask.shape[1] != 1:
+        return "mask that differs between heads"
     if not _is_additive_zero_or_hidden(mask):
         return "additive bias"
     visible = _as_bool(mask)[:, 0].expand(batch, q_len, length)
