@@ -17,14 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turboquant_core import VectorLayout
 from turboquant_core.testing.cases import page_layout
 from turboquant_triton.kernels.decode import decode_kernel
 from turboquant_triton.kernels.encode import encode_kernel
 from turboquant_triton.kernels.gather import gather_kernel, gather_raw_kernel
-from turboquant_triton.kernels.scores import scores_kernel
+from turboquant_triton.kernels.scores import rotate_kernel, scores_kernel
 from turboquant_triton.kernels.store import store_kernel
-from turboquant_triton.launch import launch_parameters, scores_config
+from turboquant_triton.launch import LARGE, SMALL, decode_columns, part_columns, scores_config
 
 POINTERS = {
     "codes": "units", "units": "units", "key_units": "units", "value_units": "value_units", "out": "*fp32",
@@ -70,29 +69,33 @@ def resources(kernel: Any) -> dict[str, int]:
     return {"registers": int(used["REG"]), "stack": int(used["STACK"]), "shared": int(kernel.metadata.shared)}
 
 
-def kernels(head_dim: int, capability: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Name, kernel, compile-time arguments and options of every class of launch."""
-    for rows in (256, 1 << 20):
-        launch = launch_parameters(rows, head_dim, 132, divmod(capability, 10))
-        width = launch.width_of(head_dim)
+    part = {"COLUMNS": part_columns(head_dim)}
+    for name, launch in (("few", SMALL), ("many", LARGE)):
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         block = {"BLOCK": launch.block}
         for bits, form in ((4, "int8"), (4, "cubic"), (3, "int8"), (2, "cubic")):
-            layout = VectorLayout(head_dim, bits, form)
-            shape = {"D": head_dim, "BITS": bits, "INT8": layout.form == "int8", "WIDTH": width, **block}
+            shape = {"D": head_dim, "BITS": bits, "INT8": form == "int8", **block}
             rule = "unbiased" if form == "int8" else "least_squares"
-            label = f"{bits}-bit {form}, {rows} rows"
-            yield f"encode {label}", encode_kernel, encode_constants(shape, rule), options
-            narrow = {**shape, "WIDTH": min(width, 64), "HAS_CENTER": True}
-            yield f"decode {label}", decode_kernel, narrow, {"num_warps": launch.num_warps}
+            label = f"{bits}-bit {form}, {name} rows"
+            yield f"encode {label}", encode_kernel, encode_constants({**shape, **part}, rule), options
+            decoded = {
+                **shape,
+                "WIDTH": decode_columns(head_dim),
+                "BLOCK": launch.block if head_dim <= 128 else SMALL.block,
+                "HAS_CENTER": True,
+            }
+            yield f"decode {label}", decode_kernel, decoded, {"num_warps": 4}
             for rotated in (False, True):
-                pages = {**narrow, "ROTATED": rotated, **page_constants(head_dim, bits)}
-                yield f"gather {label}, rotated={rotated}", gather_kernel, pages, {"num_warps": launch.num_warps}
-        yield f"store {rows} rows", store_kernel, store_constants(head_dim, width, launch.block), options
+                pages = {**decoded, "ROTATED": rotated, **page_constants(head_dim, bits)}
+                yield f"gather {label}, rotated={rotated}", gather_kernel, pages, {"num_warps": 4}
+        yield f"store {name} rows", store_kernel, store_constants(head_dim, launch.block), options
         raw = {"D": head_dim, "OFFSET": 1024, "CHUNK": 4096, "KV_HEADS": 8, "PAGE_SIZE": 16, **block}
-        yield f"gather raw {rows} rows", gather_raw_kernel, raw, {"num_warps": launch.num_warps}
+        yield f"gather raw {name} rows", gather_raw_kernel, raw, {"num_warps": 4}
+        yield f"rotate {name} rows", rotate_kernel, {"D": head_dim, "SPLIT": True, **part, **block}, options
     config = scores_config(4096, head_dim)
-    shape = {"D": head_dim, "BITS": 4, "INT8": True, "WIDTH": config.width, "BLOCK": config.block, "SPLIT": False}
+    shape = {"D": head_dim, "BITS": 4, "INT8": True, "BLOCK": config.block}
     yield "scores", scores_kernel, {**shape, "KEYS": config.keys, "TILES": config.tiles}, {"num_stages": 1}
 
 
@@ -108,12 +111,18 @@ def page_constants(head_dim: int, bits: int) -> dict[str, int]:
     return {**offsets, "CHUNK_BYTES": layout.chunk_bytes, "KV_HEADS": 8, "PAGE_SIZE": 16}
 
 
-def store_constants(head_dim: int, width: int, block: int) -> dict[str, Any]:
+def store_constants(head_dim: int, block: int) -> dict[str, Any]:
     """Compile-time arguments of store for 4-bit keys and values in their default forms."""
     layout = page_layout(4, 4, head_dim, kv_heads=8)
-    key = {"D": head_dim, "BITS": 4, "INT8": True, "WIDTH": width, **encode_constants({}, "unbiased")}
+    key = {"D": head_dim, "BITS": 4, "INT8": True, "COLUMNS": part_columns(head_dim)}
+    key = encode_constants(key, "unbiased")
     value = {"VALUE_DIM": head_dim, "VALUE_BITS": 4, "VALUE_INT8": False, "VALUE_RULE": "least_squares"}
-    value |= {"VALUE_SPLIT": False, "VALUE_WIDTH": width, "RAW": False, "VALUE_OFFSET": layout.value_offset}
+    value |= {
+        "VALUE_SPLIT": False,
+        "VALUE_COLUMNS": part_columns(head_dim),
+        "RAW": False,
+        "VALUE_OFFSET": layout.value_offset,
+    }
     scales = {"KEY_SCALE_OFFSET": layout.key_scale_offset, "VALUE_SCALE_OFFSET": layout.value_scale_offset}
     pages = {"CHUNK_BYTES": layout.chunk_bytes, "KV_HEADS": 8, "PAGE_SIZE": 16, "BLOCK": block}
     return {**key, **value, **scales, **pages}
@@ -122,7 +131,7 @@ def store_constants(head_dim: int, width: int, block: int) -> dict[str, Any]:
 def main() -> None:
     """Compile everything for the capability and head_dim of the command line."""
     capability, head_dim = int(sys.argv[1]), int(sys.argv[2])
-    for name, kernel, constants, options in kernels(head_dim, capability):
+    for name, kernel, constants, options in kernels(head_dim):
         print(json.dumps({"name": name, **resources(compiled(kernel, constants, capability, **options))}), flush=True)
 
 

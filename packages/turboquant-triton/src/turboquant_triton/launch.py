@@ -26,7 +26,8 @@ class RowsConfig:
 
 
 SMALL = RowsConfig(block=16, num_warps=1, num_stages=2)
-LARGE = RowsConfig(block=64, num_warps=4, num_stages=2)
+# Asynchronous copies pass by the first-level cache, which holds the matrix for all programs of a multiprocessor.
+LARGE = RowsConfig(block=64, num_warps=4, num_stages=1)
 
 
 def padded(head_dim: int) -> int:
@@ -42,6 +43,16 @@ def rows_config(rows: int, device: torch.device) -> RowsConfig:
 def launch_parameters(rows: int, multiprocessor_count: int) -> RowsConfig:
     """Few rows take the smallest tile, so that they spread over the GPU; many take one that fills the tensor cores."""
     return LARGE if rows >= LARGE.block * multiprocessor_count else SMALL
+
+
+def decode_block(rows: int, head_dim: int, device: torch.device) -> int:
+    """Rows of a tile of decode and gather, which hold the levels of all its positions at once."""
+    return rows_config(rows, device).block if padded(head_dim) <= 128 else SMALL.block
+
+
+def decode_columns(head_dim: int) -> int:
+    """Coordinates that one product of the inverse rotation gives."""
+    return min(padded(head_dim), 64)
 
 
 def part_columns(head_dim: int) -> int:

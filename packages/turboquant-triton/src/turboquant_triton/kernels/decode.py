@@ -10,7 +10,7 @@ from torch import Tensor
 from turboquant_core import Codec, Packed
 
 from ..input_checks import check_codes
-from ..launch import aligned, padded, rotation_operand, rows_config, unit_dtype
+from ..launch import aligned, decode_block, decode_columns, rotation_operand, unit_dtype
 from .unrotate import load_level_rows, unrotate_to
 
 
@@ -53,8 +53,8 @@ def decode(packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> 
     rows = packed.scales.numel()
     if rows == 0:
         return out
-    config = rows_config(rows, codec.device)
-    decode_kernel[(-(-rows // config.block),)](
+    block = decode_block(rows, layout.head_dim, codec.device)
+    decode_kernel[(-(-rows // block),)](
         aligned(packed.codes, layout).view(unit_dtype(layout)),
         packed.scales.contiguous(),
         codec.signs if codec.center is None else codec.center,
@@ -68,8 +68,8 @@ def decode(packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> 
         BITS=layout.bits,
         INT8=layout.form == "int8",
         HAS_CENTER=codec.center is not None,
-        WIDTH=min(padded(layout.head_dim), 64),
-        BLOCK=config.block,
+        WIDTH=decode_columns(layout.head_dim),
+        BLOCK=block,
         num_warps=4,
     )
     return out

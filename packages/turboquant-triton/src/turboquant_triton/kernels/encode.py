@@ -12,7 +12,7 @@ from turboquant_core.reference.vectors import check_vectors
 
 from ..launch import adjacent, check_packable, part_columns, rotation_operand, rows_config, unit_dtype
 from .pack import pack_part, store_units
-from .quantize import level_index, load_bounds, load_levels, nearest, scaled, stored_scale, vector_scale
+from .quantize import level_index, load_bounds, load_levels, nearest, stored_scale, vector_scale
 from .rotate import load_vectors, power_of_two, rotate_part, signed_halves
 
 
@@ -42,8 +42,9 @@ def encode_rows(
     multiplier = power_of_two(x)
     x *= multiplier[:, None]
     energy = tl.sum(x * x, 1)
-    # The rotation without its 1 / sqrt(D): the root mean square of its coordinates is the norm of x.
-    bounds = scaled(load_bounds(boundaries, BITS), tl.sqrt(energy)[:, None], BITS)
+    # The rotation here lacks its 1 / sqrt(D), so the root mean square of its coordinates is the norm of x.
+    normalize = tl.where(energy > 0, tl.rsqrt(energy), 0.0)
+    bounds = load_bounds(boundaries, BITS)
     table = load_levels(levels, BITS)
     halves = signed_halves(x, signs, D, SPLIT)
     inner = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -52,7 +53,7 @@ def encode_rows(
     word = tl.zeros((ROWS, UNITS), tl.int32)
     other = tl.zeros((ROWS, UNITS), tl.int32)
     for first in range(0, PADDED, COLUMNS):
-        rotated = rotate_part(halves, matrix, first, D, SPLIT, COLUMNS)
+        rotated = rotate_part(halves, matrix, first, D, SPLIT, COLUMNS) * normalize[:, None]
         level = nearest(tl.abs(rotated), bounds, table, BITS)
         negative = (rotated > 0) == 0
         word, other = pack_part((word, other), level_index(level), negative, first // UNITS, BITS, INT8)
@@ -61,7 +62,8 @@ def encode_rows(
         if RULE == "renorm" or RULE == "least_squares":
             power += tl.where(present, level * level, 0.0)
     finite = energy < float("inf")
-    scale = vector_scale(energy, tl.sum(inner, 1), tl.sum(power, 1), RULE, D) / multiplier
+    rms = tl.sqrt(energy / D) / multiplier
+    scale = vector_scale(rms, tl.sum(inner, 1), tl.sum(power, 1), RULE, D)
     LOWEST: tl.constexpr = -1 if BITS == 4 and INT8 else 0
     words = tl.where(finite[:, None], word, LOWEST), tl.where(finite[:, None], other, 0)
     return words, stored_scale(scale, finite)

@@ -10,7 +10,7 @@ from torch import Tensor
 from turboquant_core import CacheCodec, Codec, Gathered, PageLayout
 
 from ..input_checks import check_gather
-from ..launch import padded, rotation_operand, rows_config, unit_dtype
+from ..launch import decode_block, decode_columns, rotation_operand, unit_dtype
 from .unrotate import load_level_rows, rotated_to, unrotate_to
 
 
@@ -156,8 +156,8 @@ def _gather_packed(
 ) -> None:
     vector = codec.layout
     rows = out.numel() // vector.head_dim
-    config = rows_config(rows, pages.device)
-    gather_kernel[(-(-rows // config.block),)](
+    block = decode_block(rows, vector.head_dim, pages.device)
+    gather_kernel[(-(-rows // block),)](
         pages.view(unit_dtype(vector)),
         pages.view(torch.float16),
         block_table,
@@ -176,21 +176,21 @@ def _gather_packed(
         INT8=vector.form == "int8",
         HAS_CENTER=codec.center is not None,
         ROTATED=rotated,
-        WIDTH=min(padded(vector.head_dim), 64),
+        WIDTH=decode_columns(vector.head_dim),
         CODE_OFFSET=code_offset,
         SCALE_OFFSET=scale_offset,
         CHUNK_BYTES=layout.chunk_bytes,
         KV_HEADS=layout.kv_heads,
         PAGE_SIZE=layout.page_size,
-        BLOCK=config.block,
+        BLOCK=block,
         num_warps=4,
     )
 
 
 def _gather_raw(pages: Tensor, block_table: Tensor, layout: PageLayout, out: Tensor, start: int) -> None:
     rows = out.numel() // out.shape[-1]
-    config = rows_config(rows, pages.device)
-    gather_raw_kernel[(-(-rows // config.block),)](
+    block = decode_block(rows, out.shape[-1], pages.device)
+    gather_raw_kernel[(-(-rows // block),)](
         pages.view(out.dtype),
         block_table,
         out,
@@ -204,6 +204,6 @@ def _gather_raw(pages: Tensor, block_table: Tensor, layout: PageLayout, out: Ten
         CHUNK=layout.chunk_bytes // out.element_size(),
         KV_HEADS=layout.kv_heads,
         PAGE_SIZE=layout.page_size,
-        BLOCK=config.block,
+        BLOCK=block,
         num_warps=4,
     )

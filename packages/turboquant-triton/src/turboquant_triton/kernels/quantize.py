@@ -53,29 +53,10 @@ def load_levels(levels, BITS: tl.constexpr):
 
 
 @triton.jit
-def scaled(bounds, unit, BITS: tl.constexpr):
-    """Boundaries times ``unit`` ``[rows, 1]``: scaling a few boundaries of each row is cheaper than every coordinate."""
-    if BITS == 2:
-        return (bounds[0] * unit,)
-    elif BITS == 3:
-        return bounds[0] * unit, bounds[1] * unit, bounds[2] * unit
-    else:
-        return (
-            bounds[0] * unit,
-            bounds[1] * unit,
-            bounds[2] * unit,
-            bounds[3] * unit,
-            bounds[4] * unit,
-            bounds[5] * unit,
-            bounds[6] * unit,
-        )
-
-
-@triton.jit
 def nearest(magnitude, bounds, levels, BITS: tl.constexpr):
-    """Nearest positive level to ``magnitude``, in units of the levels, its index in the last three mantissa bits.
+    """Nearest positive level to ``magnitude``, its index in the last three mantissa bits.
 
-    ``bounds`` are in the units of ``magnitude``. A coordinate within rounding of a boundary may take either side.
+    A coordinate within rounding of a boundary may take either side.
     """
     if BITS == 2:
         return tl.where(magnitude > bounds[0], levels[1], levels[0])
@@ -101,19 +82,19 @@ def level_index(level):
 
 
 @triton.jit
-def vector_scale(energy, inner, power, RULE: tl.constexpr, D: tl.constexpr):
-    """Scale of each row from sums over its coordinates; ``x`` is the vector, ``r = H diag(signs) x`` unnormalised.
+def vector_scale(rms, inner, power, RULE: tl.constexpr, D: tl.constexpr):
+    """Scale of each row whose coordinates have root mean square ``rms``.
 
-    ``energy`` is ``|x|^2``, ``inner`` ``<r, l>`` and ``power`` ``|l|^2`` with the levels ``l``.
+    ``inner`` is ``<u, l>`` and ``power`` ``|l|^2`` with the levels ``l`` of the coordinates ``u`` over ``rms``.
     """
     if RULE == "norm":
-        return tl.sqrt(energy / D)
+        return rms
     elif RULE == "renorm":
-        return tl.sqrt(energy / power)
+        return rms * tl.rsqrt(power / D)
     elif RULE == "unbiased":
-        return energy * tl.sqrt(D * 1.0) / tl.where(inner > 0, inner, 1.0)
+        return rms * (tl.where(inner > 0, D * 1.0, 0.0) / tl.where(inner > 0, inner, 1.0))
     else:
-        return inner / (power * tl.sqrt(D * 1.0))
+        return rms * (inner / power)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAGNITUDE_MASK = tl.constexpr(0x7FFFFFFF)
+EXPONENT_MASK = tl.constexpr(255)
 # Biased exponents of x and of its multiplier add up to 127 + 127 + 14.
 EXPONENT_SUM = tl.constexpr(268)
 # The inverse of the multiplier is a normal number too.
@@ -35,8 +35,8 @@ def load_vectors(row, center_row, valid, D: tl.constexpr, HAS_CENTER: tl.constex
 @triton.jit
 def power_of_two(x):
     """Exact multipliers that bring the largest of each row to 2**14 .. 2**15 (one with an infinity or NaN stays so)."""
-    largest = tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK, 1)
-    exponent = tl.minimum(-(largest >> 23) + EXPONENT_SUM, LARGEST_EXPONENT)
+    largest = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(-((largest >> 23) & EXPONENT_MASK) + EXPONENT_SUM, LARGEST_EXPONENT)
     return (exponent << 23).to(tl.float32, bitcast=True)
 
 
@@ -49,7 +49,7 @@ def split(x):
 
 @triton.jit
 def signed_halves(x, signs, D: tl.constexpr, SPLIT: tl.constexpr):
-    """``diag(signs) x`` as the fp16 operands of :func:`rotate_part`; the second is empty of meaning unless ``SPLIT``."""
+    """``diag(signs) x`` as the fp16 operands of :func:`rotate_part`, which reads the second only with ``SPLIT``."""
     coordinate = tl.arange(0, triton.next_power_of_2(D))
     sign = tl.load(signs + coordinate, mask=coordinate < D, other=0.0).to(tl.float16)[None, :]
     if SPLIT:

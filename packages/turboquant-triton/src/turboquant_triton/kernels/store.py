@@ -147,7 +147,8 @@ def store_kernel(
         store_packed(
             key, center, key_signs, key_matrix, key_boundaries, key_levels, key_units, scales, slot_mapping,
             rows, slots, key_token_stride, key_head_stride, block,
-            D, BITS, INT8, RULE, HAS_CENTER, SPLIT, COLUMNS, 0, KEY_SCALE_OFFSET, CHUNK_BYTES, KV_HEADS, PAGE_SIZE, BLOCK,
+            D, BITS, INT8, RULE, HAS_CENTER, SPLIT, COLUMNS,
+            0, KEY_SCALE_OFFSET, CHUNK_BYTES, KV_HEADS, PAGE_SIZE, BLOCK,
         )  # fmt: skip
     elif RAW:
         store_raw(
