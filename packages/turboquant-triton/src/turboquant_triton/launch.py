@@ -52,12 +52,12 @@ def decode_block(rows: int, head_dim: int, device: torch.device) -> int:
 
 def decode_columns(head_dim: int) -> int:
     """Coordinates that one product of the inverse rotation gives."""
-    return min(padded(head_dim), 64)
+    return min(padded(head_dim), 64 if padded(head_dim) <= 128 else 32)
 
 
 def part_columns(head_dim: int) -> int:
-    """Positions of a tile that are rotated at a time: a quarter of them, as far as a matrix product goes that low."""
-    return max(padded(head_dim) // 4, min(padded(head_dim) // 2, 16))
+    """Positions of a tile that are rotated at a time: a quarter of them, between what fits and what a product takes."""
+    return min(max(padded(head_dim) // 4, min(padded(head_dim) // 2, 16)), 32)
 
 
 @dataclass(frozen=True, slots=True)

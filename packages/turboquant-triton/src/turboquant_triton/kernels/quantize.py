@@ -12,19 +12,21 @@ INDEX_MASK = tl.constexpr(7)
 @triton.jit
 def load_bounds(boundaries, BITS: tl.constexpr):
     """Positive boundaries (1, 3 or 7 scalars) of a codebook that is symmetric about 0."""
-    FIRST: tl.constexpr = 1 << (BITS - 1)
-    b0 = tl.load(boundaries + FIRST)
+    first = boundaries + (1 << (BITS - 1))
     if BITS == 2:
-        return (b0,)
-    b1 = tl.load(boundaries + FIRST + 1)
-    b2 = tl.load(boundaries + FIRST + 2)
-    if BITS == 3:
-        return b0, b1, b2
+        return (tl.load(first),)
+    elif BITS == 3:
+        return tl.load(first), tl.load(first + 1), tl.load(first + 2)
     else:
-        b3 = tl.load(boundaries + FIRST + 3)
-        b4 = tl.load(boundaries + FIRST + 4)
-        b5 = tl.load(boundaries + FIRST + 5)
-        return b0, b1, b2, b3, b4, b5, tl.load(boundaries + FIRST + 6)
+        return (
+            tl.load(first),
+            tl.load(first + 1),
+            tl.load(first + 2),
+            tl.load(first + 3),
+            tl.load(first + 4),
+            tl.load(first + 5),
+            tl.load(first + 6),
+        )
 
 
 @triton.jit
@@ -37,19 +39,26 @@ def load_level(levels, index, BITS: tl.constexpr):
 @triton.jit
 def load_levels(levels, BITS: tl.constexpr):
     """Positive levels (2, 4 or 8 scalars), as :func:`load_level` gives them."""
-    l0 = load_level(levels, 0, BITS)
-    l1 = load_level(levels, 1, BITS)
     if BITS == 2:
-        return l0, l1
-    l2 = load_level(levels, 2, BITS)
-    l3 = load_level(levels, 3, BITS)
-    if BITS == 3:
-        return l0, l1, l2, l3
+        return load_level(levels, 0, BITS), load_level(levels, 1, BITS)
+    elif BITS == 3:
+        return (
+            load_level(levels, 0, BITS),
+            load_level(levels, 1, BITS),
+            load_level(levels, 2, BITS),
+            load_level(levels, 3, BITS),
+        )
     else:
-        l4 = load_level(levels, 4, BITS)
-        l5 = load_level(levels, 5, BITS)
-        l6 = load_level(levels, 6, BITS)
-        return l0, l1, l2, l3, l4, l5, l6, load_level(levels, 7, BITS)
+        return (
+            load_level(levels, 0, BITS),
+            load_level(levels, 1, BITS),
+            load_level(levels, 2, BITS),
+            load_level(levels, 3, BITS),
+            load_level(levels, 4, BITS),
+            load_level(levels, 5, BITS),
+            load_level(levels, 6, BITS),
+            load_level(levels, 7, BITS),
+        )
 
 
 @triton.jit
