@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from turboquant_core import MemoryFigures
 
 from .compat import DynamicCache, DynamicLayer
+from .held_text import HeldText
 from .layer import TurboQuantLayer
 from .options import Bits, CacheOptions, CompressV
 from .summary import LayerSummary, Summary, dense_memory
@@ -48,6 +51,7 @@ class TurboQuantCache(DynamicCache):
         provider: str | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.text = HeldText()
         self.options = CacheOptions(bits, compress_v, seed, page_size, provider)
         n_layers = len(self.layers)
         self.layers = [
@@ -61,6 +65,31 @@ class TurboQuantCache(DynamicCache):
                 f"{type(config).__name__} has no full-attention layer to pack (its layers: {', '.join(kinds)}); "
                 "use DynamicCache for this model"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens of every layer."""
+        super().crop(tokens_to_remove)
+        self.text.crop(self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget everything: the next prompt may be any."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self.text.forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Give sequence ``i`` the past of sequence ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        self.text.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)
+        self.text.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` (integers or a boolean mask)."""
+        super().batch_select_indices(indices)
+        self.text.select(indices)
 
     def memory(self) -> MemoryFigures:
         """True bytes of all layers, packed or not."""

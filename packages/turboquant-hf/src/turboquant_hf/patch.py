@@ -12,6 +12,7 @@ from .attention import register
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
 from .options import Bits, CompressV
+from .prompts import unwatch_prompts, watch_prompts
 from .registration import BASES, NAMES, why_not_registered
 from .verify import verify_model
 
@@ -62,6 +63,7 @@ def patch_model(
         )
 
     cache = fresh()
+    watch_prompts(model)
     if why_not_registered(model) is None:
         register()
         _switch(model, BASES)
@@ -75,7 +77,8 @@ def patch_model(
 
 
 def unpatch_model(model: PreTrainedModel) -> None:
-    """Give the model its attention implementation back. Idempotent."""
+    """Give the model its attention implementation back, and no longer check prompts. Idempotent."""
+    unwatch_prompts(model)
     _switch(model, NAMES)
 
 

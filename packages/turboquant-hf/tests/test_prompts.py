@@ -1,0 +1,103 @@
+"""A second, unrelated prompt on a used cache is an error; a continuation in any form is not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from turboquant_hf import TurboQuantCache, patch_model, unpatch_model
+from turboquant_hf.compat import CACHE_ARGUMENT
+
+
+def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
+    options = {"attention_mask": torch.ones_like(ids), **options}
+    return model.generate(ids, pad_token_id=0, max_new_tokens=4, do_sample=False, **{CACHE_ARGUMENT: cache}, **options)
+
+
+@pytest.fixture
+def more() -> torch.Tensor:
+    return torch.tensor([[9, 8, 7]])
+
+
+def test_a_longer_unrelated_prompt(llama: Any, prompt: torch.Tensor) -> None:
+    cache = patch_model(llama)
+    generate(llama, prompt, cache)
+    other = torch.randint(2, 97, (1, 60), generator=torch.Generator().manual_seed(8))
+    with pytest.raises(ValueError, match=r"does not begin with the 24 tokens.*reset\(\)"):
+        generate(llama, other, cache)
+    cache.reset()
+    assert torch.equal(generate(llama, other, cache), generate(llama, other, TurboQuantCache(llama.config)))
+
+
+@pytest.mark.parametrize("length", [5, 24])
+def test_a_prompt_no_longer_than_the_cache(llama: Any, prompt: torch.Tensor, length: int) -> None:
+    cache = patch_model(llama)
+    full = generate(llama, prompt, cache)
+    with pytest.raises(ValueError, match=f"has {length} tokens and the cache already holds 24"):
+        generate(llama, full[:, :length], cache)
+
+
+def test_continuations(llama: Any, prompt: torch.Tensor, more: torch.Tensor) -> None:
+    cache = patch_model(llama)
+    second = generate(llama, torch.cat((generate(llama, prompt, cache), more), 1), cache)
+    branch = copy.deepcopy(cache)
+    cache.crop(-10)
+    third = generate(llama, torch.cat((second, more), 1), cache)
+    assert third.shape == (1, second.shape[1] + 7)
+    with pytest.raises(ValueError, match="does not begin"):
+        generate(llama, second.flip(1).repeat(1, 2), branch)
+    branch.batch_repeat_interleave(2)
+    assert generate(llama, second.repeat(2, 1), branch).shape[0] == 2
+
+
+def test_new_tokens_alone(llama: Any, prompt: torch.Tensor, more: torch.Tensor) -> None:
+    """The mask then covers the cached tokens too, and nothing can be compared."""
+    cache = patch_model(llama)
+    last = generate(llama, prompt, cache)[:, -1:]
+    new = torch.cat((last, more), 1)
+    mask = torch.ones(1, cache.get_seq_length() + 4, dtype=torch.long)
+    assert generate(llama, new, cache, attention_mask=mask).shape == (1, 8)
+
+
+def test_a_prefix_that_came_in_unseen(llama: Any, prompt: torch.Tensor, more: torch.Tensor) -> None:
+    cache = patch_model(llama)
+    llama(prompt, **{CACHE_ARGUMENT: cache})
+    full = torch.cat((prompt, more), 1)
+    expected = generate(llama, full, copy.deepcopy(cache))
+    assert torch.equal(generate(llama, full, cache), expected)
+
+
+@pytest.mark.parametrize(
+    "mode", [{"num_beams": 3}, {"prefill_chunk_size": 6}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_a_second_turn_in_other_modes(llama: Any, prompt: torch.Tensor, more: torch.Tensor, mode: Any) -> None:
+    cache = patch_model(llama)
+    mode = {**mode, "eos_token_id": 1} if "prompt_lookup_num_tokens" in mode else mode
+    first = generate(llama, prompt, cache, **mode)
+    if "num_beams" in mode:
+        # The sequences of the cache are beams, of which only one was returned.
+        cache.batch_select_indices(torch.tensor([0]))
+        first = cache.text._ids
+    assert generate(llama, torch.cat((first, more, more), 1), cache).shape[1] > first.shape[1]
+
+
+def test_embeddings(llama: Any, prompt: torch.Tensor) -> None:
+    cache = patch_model(llama)
+    embeddings = llama.get_input_embeddings()(prompt)
+    mask = torch.ones_like(prompt)
+    options = {"attention_mask": mask, "pad_token_id": 0, "max_new_tokens": 4, "do_sample": False}
+    got = llama.generate(inputs_embeds=embeddings, **{CACHE_ARGUMENT: cache}, **options)
+    assert torch.equal(got, generate(llama, prompt, TurboQuantCache(llama.config))[:, -4:])
+
+
+def test_a_copied_model_is_watched_as_itself(llama: Any, prompt: torch.Tensor) -> None:
+    patch_model(llama)
+    copied = copy.deepcopy(llama)
+    assert copied.prepare_inputs_for_generation.__self__ is copied
+    unpatch_model(llama)
+    assert "prepare_inputs_for_generation" not in vars(llama)
+    with pytest.raises(ValueError, match="not used by the model"):
+        generate(copied, prompt, None, no_such_argument=1)
