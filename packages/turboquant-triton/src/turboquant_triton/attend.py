@@ -190,6 +190,7 @@ def _permute(
         HAS_WINDOW=options.window is not None,
         HAS_SOFTCAP=options.softcap is not None,
         ROWS_BLOCK=shape.rows_block,
+        TABLE=128 if config.num_warps == 1 else 32,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -52,7 +52,7 @@ def decode_block(rows: int, head_dim: int, device: torch.device) -> int:
 
 def decode_columns(head_dim: int) -> int:
     """Coordinates that one product of the inverse rotation gives."""
-    return min(padded(head_dim), 64 if padded(head_dim) <= 128 else 32)
+    return min(padded(head_dim), 32)
 
 
 def part_columns(head_dim: int) -> int:

@@ -22,10 +22,21 @@ def log2_approx(x):
 
 
 @triton.jit
-def load_page(table, tile, token, end, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Page of a tile, or of each of its tokens when a tile spans several pages."""
+def load_pages(table, base, stop, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Pages of the tiles ``base .. base + TABLE - 1``, when a tile lies in one page: int32 ``[TABLE]``."""
+    tile = base + tl.arange(0, TABLE)
+    return tl.load(table + (tile * BLOCK) // PAGE_SIZE, mask=(tile < stop) & (PAGE_SIZE % BLOCK == 0), other=0)
+
+
+@triton.jit
+def tile_page(pages, table, base, tile, token, end, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Page of a tile, or of each of its tokens when a tile spans several pages.
+
+    The first is picked from registers: a load here would make every copy of keys and values wait for the copies
+    before it, since asynchronous copies complete in order.
+    """
     if PAGE_SIZE % BLOCK == 0:
-        return tl.load(table + (tile * BLOCK) // PAGE_SIZE)
+        return tl.sum(tl.where(tl.arange(0, TABLE) == tile - base, pages, 0), 0)
     else:
         here = tile * BLOCK + token
         return tl.load(table + here // PAGE_SIZE, mask=here < end, other=0)
@@ -112,6 +123,7 @@ def attend_permute_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     KEY_ROW: tl.constexpr = D * KEY_BITS // 8
     VALUE_ROW: tl.constexpr = VALUE_DIM * VALUE_BITS // 8
@@ -141,28 +153,14 @@ def attend_permute_kernel(
         output = zero_output(VALUE_BITS, N, VALUE_DIM)
         table = block_table + batch.to(tl.int64) * block_table_stride
         chunk_base = pages + kv_head * CHUNK_BYTES
-        # Scales are too narrow for asynchronous copies: load them one tile ahead, their pages two.
-        page = load_page(table, first, token, end, PAGE_SIZE, BLOCK)
-        key_scale, value_scale = load_scales(
-            chunk_base,
-            page,
-            page_stride,
-            first,
-            token,
-            KEY_SCALE_OFFSET,
-            VALUE_SCALE_OFFSET,
-            PAGE_SIZE,
-            BLOCK,
-            VALUE_BITS,
-        )
-        page = load_page(table, tl.minimum(first + 1, last - 1), token, end, PAGE_SIZE, BLOCK)
-        for i in range(first, last):
-            here = i * BLOCK + token
-            next_key_scale, next_value_scale = load_scales(
+        for base in range(first, last, TABLE):
+            stop_here = tl.minimum(base + TABLE, last)
+            pages_here = load_pages(table, base, stop_here, PAGE_SIZE, BLOCK, TABLE)
+            key_scale, value_scale = load_scales(
                 chunk_base,
-                page,
+                tile_page(pages_here, table, base, base, token, end, PAGE_SIZE, BLOCK, TABLE),
                 page_stride,
-                tl.minimum(i + 1, last - 1),
+                base,
                 token,
                 KEY_SCALE_OFFSET,
                 VALUE_SCALE_OFFSET,
@@ -170,48 +168,63 @@ def attend_permute_kernel(
                 BLOCK,
                 VALUE_BITS,
             )
-            page = load_page(table, tl.minimum(i + 2, last - 1), token, end, PAGE_SIZE, BLOCK)
-            rows_page = load_page(table, i, token, end, PAGE_SIZE, BLOCK)
-            key_rows = token_pointers(
-                chunk_base, rows_page, page_stride, i, token, 0, KEY_ROW, tl.int8, PAGE_SIZE, BLOCK
-            )
-            value_rows = token_pointers(
-                chunk_base, rows_page, page_stride, i, token, VALUE_OFFSET, VALUE_ROW, VALUE_TYPE, PAGE_SIZE, BLOCK
-            )
-            score = key_product(key_rows, q, KEY_BITS, D).to(tl.float32)
-            score = (score * multiplier[None, :] + offset[None, :]) * key_scale.to(tl.float32)[:, None]
-            if HAS_SOFTCAP:
-                # tanh(x) = 1 - 2 / (exp(2 x) + 1), with x = score / softcap in natural units.
-                score = softcap_log2 - 2 * softcap_log2 / (
-                    tl.exp2(score * (2.0 * 1.4426950408889634 / softcap_log2)) + 1
+            for i in range(base, stop_here):
+                here = i * BLOCK + token
+                page = tile_page(pages_here, table, base, i, token, end, PAGE_SIZE, BLOCK, TABLE)
+                # Scales are too narrow for asynchronous copies: load them one tile ahead.
+                ahead = tl.minimum(i + 1, stop_here - 1)
+                next_key_scale, next_value_scale = load_scales(
+                    chunk_base,
+                    tile_page(pages_here, table, base, ahead, token, end, PAGE_SIZE, BLOCK, TABLE),
+                    page_stride,
+                    ahead,
+                    token,
+                    KEY_SCALE_OFFSET,
+                    VALUE_SCALE_OFFSET,
+                    PAGE_SIZE,
+                    BLOCK,
+                    VALUE_BITS,
                 )
-            visible = (here < end)[:, None]
-            if HAS_STARTS:
-                visible = visible & (here >= start)[:, None]
-            if Q_LEN > 1:
-                visible = visible & (here[:, None] <= position[None, :])
-            if HAS_WINDOW:
-                visible = visible & (here[:, None] > position[None, :] - window)
-            score = tl.where(visible, score, NEVER)
-            if VALUE_BITS == 16:
-                lift = score
-            else:
-                seen_scale = tl.where(here < end, value_scale.to(tl.float32), 0.0)
-                lift = score + log2_approx(tl.maximum(seen_scale, SMALLEST_SCALE))[:, None]
-            maximum_now = tl.maximum(maximum, tl.max(lift, 0))
-            decay = tl.exp2(maximum - maximum_now)
-            weight = tl.exp2(score - maximum_now[None, :])
-            if HAS_STARTS or Q_LEN > 1 or HAS_WINDOW:
-                # Only here can a query see nothing of a tile, with a maximum that is still NEVER.
-                weight = tl.where(visible, weight, 0.0)
-            total_weight = total_weight * decay + tl.sum(weight, 0)
-            maximum = maximum_now
-            if VALUE_BITS == 16:
-                shifted = weight
-            else:
-                shifted = (weight * (seen_scale * WEIGHT_SHIFT)[:, None]).to(tl.float16)
-            output = add_values(output, value_rows, here < end, shifted, decay[None, :], VALUE_BITS, VALUE_DIM)
-            key_scale, value_scale = next_key_scale, next_value_scale
+                key_rows = token_pointers(
+                    chunk_base, page, page_stride, i, token, 0, KEY_ROW, tl.int8, PAGE_SIZE, BLOCK
+                )
+                value_rows = token_pointers(
+                    chunk_base, page, page_stride, i, token, VALUE_OFFSET, VALUE_ROW, VALUE_TYPE, PAGE_SIZE, BLOCK
+                )
+                score = key_product(key_rows, q, KEY_BITS, D).to(tl.float32)
+                score = (score * multiplier[None, :] + offset[None, :]) * key_scale.to(tl.float32)[:, None]
+                if HAS_SOFTCAP:
+                    # tanh(x) = 1 - 2 / (exp(2 x) + 1), with x = score / softcap in natural units.
+                    score = softcap_log2 - 2 * softcap_log2 / (
+                        tl.exp2(score * (2.0 * 1.4426950408889634 / softcap_log2)) + 1
+                    )
+                visible = (here < end)[:, None]
+                if HAS_STARTS:
+                    visible = visible & (here >= start)[:, None]
+                if Q_LEN > 1:
+                    visible = visible & (here[:, None] <= position[None, :])
+                if HAS_WINDOW:
+                    visible = visible & (here[:, None] > position[None, :] - window)
+                score = tl.where(visible, score, NEVER)
+                if VALUE_BITS == 16:
+                    lift = score
+                else:
+                    seen_scale = tl.where(here < end, value_scale.to(tl.float32), 0.0)
+                    lift = score + log2_approx(tl.maximum(seen_scale, SMALLEST_SCALE))[:, None]
+                maximum_now = tl.maximum(maximum, tl.max(lift, 0))
+                decay = tl.exp2(maximum - maximum_now)
+                weight = tl.exp2(score - maximum_now[None, :])
+                if HAS_STARTS or Q_LEN > 1 or HAS_WINDOW:
+                    # Only here can a query see nothing of a tile, with a maximum that is still NEVER.
+                    weight = tl.where(visible, weight, 0.0)
+                total_weight = total_weight * decay + tl.sum(weight, 0)
+                maximum = maximum_now
+                if VALUE_BITS == 16:
+                    shifted = weight
+                else:
+                    shifted = (weight * (seen_scale * WEIGHT_SHIFT)[:, None]).to(tl.float16)
+                output = add_values(output, value_rows, here < end, shifted, decay[None, :], VALUE_BITS, VALUE_DIM)
+                key_scale, value_scale = next_key_scale, next_value_scale
         slot_out = (item + program).to(tl.int64)
         store_output(partial + slot_out * N * VALUE_DIM, output, VALUE_BITS, N, VALUE_DIM)
         tl.store(stats + slot_out * 2 * N + n, maximum)
