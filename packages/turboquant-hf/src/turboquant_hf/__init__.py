@@ -13,11 +13,14 @@ from __future__ import annotations
 from ._version import __version__
 from .cache import TurboQuantCache
 from .patch import patch_model, turboquant, unpatch_model
+from .quality import LayerQuality, QualityWarning
 from .summary import LayerSummary, Summary
 from .verify import Verification, verify_model
 
 __all__ = [
+    "LayerQuality",
     "LayerSummary",
+    "QualityWarning",
     "Summary",
     "TurboQuantCache",
     "Verification",

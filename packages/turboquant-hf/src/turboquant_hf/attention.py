@@ -32,6 +32,7 @@ _HARMLESS = {
     "use_cache",
 }
 _UNDERSTOOD = {"dropout", "is_causal", "s_aux", "sliding_window", "softcap"}
+_OFFSET_MATTERS = {"s_aux", "softcap"}
 _KNOWN = _HARMLESS | _UNDERSTOOD
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -60,7 +61,7 @@ def _visibility(
         return "sliding window shorter than the packed past"
     if query.shape[2] > LARGEST_FUSED_QUERY:
         return LONG_QUERY
-    unfit = unfit_query(step, query)
+    unfit = unfit_query(step, query, needs_offset=bool(_OFFSET_MATTERS & {n for n in kwargs if kwargs[n] is not None}))
     if unfit is not None:
         return unfit
     return read_mask(mask, query.shape[0], query.shape[2], step.past.length, _is_causal(module, kwargs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import add
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from .held_text import HeldText
 from .layer import TurboQuantLayer
 from .options import Bits, CacheOptions, CompressV
 from .summary import LayerSummary, Summary, dense_memory
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 
 class TurboQuantCache(DynamicCache):
@@ -35,9 +39,15 @@ class TurboQuantCache(DynamicCache):
         seed: rotation seed.
         page_size: tokens of a page, a multiple of 16.
         provider: kernel provider by name; None selects one.
+        center_keys: subtract the mean key of the prompt, per KV head, before packing: for models whose keys share a
+            large offset (:attr:`Verification.layers` shows it). Attention does not change, except that layers with
+            soft-capped scores or attention sinks are decoded then.
 
     Raises:
         ValueError: an option is out of range, or the model has no layer that can be packed.
+
+    Attributes:
+        verification: what :func:`patch_model` measured; None for a cache made here.
     """
 
     def __init__(
@@ -49,10 +59,12 @@ class TurboQuantCache(DynamicCache):
         seed: int = 42,
         page_size: int = 64,
         provider: str | None = None,
+        center_keys: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.text = HeldText()
-        self.options = CacheOptions(bits, compress_v, seed, page_size, provider)
+        self.verification: Verification | None = None
+        self.options = CacheOptions(bits, compress_v, seed, page_size, provider, center_keys)
         n_layers = len(self.layers)
         self.layers = [
             # Exactly this type: subclasses keep more than keys and values.

@@ -13,8 +13,16 @@ LARGEST_FUSED_QUERY = 16
 LONG_QUERY = "a long chunk of queries over a past"
 
 
-def unfit_query(step: StepPast, query: Tensor) -> str | None:
-    """Why packed attention cannot take ``query``, whatever the mask; None when it can."""
+def unfit_query(step: StepPast, query: Tensor, *, needs_offset: bool = False) -> str | None:
+    """Why packed attention cannot take ``query``, whatever the mask; None when it can.
+
+    Args:
+        step: the past.
+        query: ``[batch, q_heads, q_len, head_dim]``.
+        needs_offset: a constant added to all scores of a query changes the result (soft cap, attention sinks).
+    """
+    if needs_offset and step.past.codec.key.center is not None:
+        return "centred keys under a soft cap or attention sinks"
     if step.past.codec.value is None and query.dtype != step.dtype:
         # Raw values are read as the query's dtype.
         return f"{query.dtype} queries over raw {step.dtype} values"

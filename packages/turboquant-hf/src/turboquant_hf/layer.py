@@ -53,7 +53,8 @@ class TurboQuantLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         try:
             layout = self._layout(key_states, value_states)
-            codec = CacheCodec.create(layout, seed=self.options.seed, device=self.device)
+            center = key_states.float().mean(dim=(0, 2)) if self.options.center_keys else None
+            codec = CacheCodec.create(layout, seed=self.options.seed, center=center, device=self.device)
         except LayoutError as error:
             raise LayoutError(f"layer {self.layer_idx} cannot be packed: {error}") from error
         provider = select_provider(KernelRequest(layout, self.device, self.dtype), self.options.provider)
@@ -136,7 +137,11 @@ class TurboQuantLayer(DynamicLayer):
 
     def memory(self) -> MemoryFigures:
         """True bytes of the layer."""
-        return MemoryFigures(0, 0, 0) if self.store is None else self.store.memory()
+        if self.store is None:
+            return MemoryFigures(0, 0, 0)
+        center = self.store.codec.key.center
+        size = 0 if center is None else center.nbytes
+        return self.store.memory() + MemoryFigures(size, size, 0)
 
     def reset(self) -> None:
         """Forget every token and free the pages; the next update may have another batch size."""

@@ -26,6 +26,7 @@ class CacheOptions:
         seed: rotation seed.
         page_size: tokens of a page.
         provider: kernel provider by name; None selects one.
+        center_keys: subtract the mean key of the prompt before packing.
 
     Raises:
         ValueError: an option is outside its range.
@@ -36,6 +37,7 @@ class CacheOptions:
     seed: int = 42
     page_size: int = 64
     provider: str | None = None
+    center_keys: bool = False
 
     def __post_init__(self) -> None:
         pair = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
 from .options import Bits, CompressV
 from .prompts import unwatch_prompts, watch_prompts
+from .quality import QualityWarning, concerns
 from .registration import BASES, NAMES, why_not_registered
 from .verify import verify_model
 
@@ -34,8 +36,11 @@ def patch_model(
     seed: int = 42,
     page_size: int = 64,
     provider: str | None = None,
+    center_keys: bool = False,
 ) -> TurboQuantCache:
     """Make ``model`` attend to packed pages and return a cache for it.
+
+    Warns (:class:`QualityWarning`) when verification finds that packing changes the attention of a layer too much.
 
     The model's attention implementation becomes ``"turboquant"`` (over ``sdpa``; ``"turboquant_eager"`` over
     ``eager``). A model that cannot be switched stays untouched; its ``scaled_dot_product_attention`` is intercepted.
@@ -48,9 +53,11 @@ def patch_model(
         seed: rotation seed.
         page_size: tokens of a page.
         provider: kernel provider by name; None selects one.
+        center_keys: see :class:`TurboQuantCache`.
 
     Returns:
-        An empty cache: pass it to ``generate`` as ``cache`` (``past_key_values`` before Transformers 5.24).
+        An empty cache; what was verified is in its ``verification``. Pass it to ``generate`` as ``cache``
+        (``past_key_values`` before Transformers 5.24).
 
     Raises:
         TurboQuantError: verification failed; the model is left unpatched.
@@ -59,7 +66,13 @@ def patch_model(
 
     def fresh() -> TurboQuantCache:
         return TurboQuantCache(
-            model.config, bits, compress_v=compress_v, seed=seed, page_size=page_size, provider=provider
+            model.config,
+            bits,
+            compress_v=compress_v,
+            seed=seed,
+            page_size=page_size,
+            provider=provider,
+            center_keys=center_keys,
         )
 
     cache = fresh()
@@ -69,10 +82,12 @@ def patch_model(
         _switch(model, BASES)
     if verify:
         try:
-            verify_model(model, fresh)
+            cache.verification = verify_model(model, fresh)
         except TurboQuantError:
             unpatch_model(model)
             raise
+        for concern in concerns(cache.verification.layers, centered=center_keys):
+            warnings.warn(f"{type(model).__name__}: {concern}", QualityWarning, stacklevel=2)
     return cache
 
 

@@ -18,6 +18,7 @@ from turboquant_core import TurboQuantError
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, DynamicCache, DynamicLayer, PreTrainedModel
 from .layer import TurboQuantLayer
+from .quality import LayerQuality, probe_layers
 
 PROMPT_TOKENS = 24
 DECODE_STEPS = 4
@@ -48,7 +49,9 @@ class DecodedLayer(DynamicLayer):
     def _round_trip(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         store = self.packed.packed_sequences
         codec, provider = store.codec, store.provider
-        key = provider.decode(provider.encode(key, codec.key), codec.key, key.dtype)
+        # A centre belongs to a KV head: heads come next to last.
+        by_head = key.transpose(1, 2)
+        key = provider.decode(provider.encode(by_head, codec.key), codec.key, key.dtype).transpose(1, 2)
         if codec.value is None:
             return key, value
         return key, provider.decode(provider.encode(value, codec.value), codec.value, value.dtype)
@@ -71,10 +74,12 @@ class Verification:
     Attributes:
         error: largest difference of logits relative to their root mean square.
         tolerance: what is allowed.
+        layers: what packing does to the attention of each packed layer.
     """
 
     error: float
     tolerance: float
+    layers: tuple[LayerQuality, ...]
 
 
 def _steps(vocabulary: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -101,7 +106,7 @@ def _logits(model: PreTrainedModel, cache: DynamicCache, steps: list[tuple[Tenso
 
 @torch.no_grad()
 def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCache]) -> Verification:
-    """Check the wiring: padded batch, prompt, single steps, a step of several tokens over a past.
+    """Check the wiring, and measure quality: padded batch, prompt, single steps, a step of several tokens over a past.
 
     Args:
         model: the model, patched or not.
@@ -114,7 +119,9 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
     model.eval()
     try:
         steps = _steps(model.config.get_text_config().vocab_size, model.device)
-        packed = _logits(model, make_cache(), steps)
+        cache = make_cache()
+        probes = probe_layers(cache)
+        packed = _logits(model, cache, steps)
         expected = _logits(model, decoded_twin(make_cache(), model.config), steps)
     finally:
         model.train(training)
@@ -125,4 +132,4 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
             f"{type(model).__name__} gives other logits over packed pages than over the same vectors decoded: "
             f"relative error {error:.3g}, allowed {tolerance:.3g}. It is left unpatched; verify=False skips this check"
         )
-    return Verification(error, tolerance)
+    return Verification(error, tolerance, tuple(probe.quality(index) for index, probe in probes.items()))
