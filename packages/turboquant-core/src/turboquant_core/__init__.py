@@ -17,6 +17,7 @@ from .kv_cache import TurboQuantKVCache
 from .layout import LAYOUT_VERSION, PageLayout, RawLayout, VectorLayout
 from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
 from .packing import pack_codes, unpack_codes
+from .prod import ProdTensor, TurboQuantProd
 from .provider import Attended, Gathered, KernelProvider, KernelRequest, Packed
 from .quantizer import CompressedTensor, TurboQuantMSE
 from .reference import ReferenceProvider
@@ -39,12 +40,14 @@ __all__ = [
     "PackedPast",
     "PackedSequences",
     "PageLayout",
+    "ProdTensor",
     "ProviderError",
     "RawLayout",
     "ReferenceProvider",
     "TurboQuantError",
     "TurboQuantKVCache",
     "TurboQuantMSE",
+    "TurboQuantProd",
     "VectorLayout",
     "__version__",
     "available_providers",

@@ -1,0 +1,139 @@
+"""TurboQuant for inner products: the paper's Algorithm 2, for research and for tables.
+
+An MSE stage with ``bits - 1`` bits leaves a residual ``r``; one more bit a coordinate, ``sign(S r)`` with a Gaussian
+matrix ``S`` (quantized Johnson-Lindenstrauss), and the norm of ``r`` make the estimate of every inner product unbiased
+(arXiv 2504.19874, Algorithm 2 and Theorem 2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .codebook import lloyd_max
+from .rotation import rotate, rotation_signs, unrotate
+
+PROD_BITS = (1, 2, 3, 4)
+
+
+def _pack_bits(planes: Tensor) -> Tensor:
+    """Bool ``[..., n]`` with ``n`` a multiple of 8 to uint8 ``[..., n / 8]``, least significant bit first."""
+    weights = torch.tensor([1 << i for i in range(8)], device=planes.device)
+    return (planes.reshape(*planes.shape[:-1], planes.shape[-1] // 8, 8) * weights).sum(-1).to(torch.uint8)
+
+
+def _unpack_bits(packed: Tensor) -> Tensor:
+    """Inverse of :func:`_pack_bits`."""
+    shifts = torch.arange(8, device=packed.device)
+    return (((packed.unsqueeze(-1) >> shifts) & 1) == 1).flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class ProdTensor:
+    """Vectors compressed by :class:`TurboQuantProd`.
+
+    Attributes:
+        codes: uint8 ``[..., (bits - 1) * head_dim / 8]``, bit planes of the MSE codes, least significant first.
+        signs: uint8 ``[..., head_dim / 8]``, ``S r > 0``.
+        norm: float32 ``[...]``, norm of the vector.
+        residual: float32 ``[...]``, norm of the residual of the normalised vector.
+    """
+
+    codes: Tensor
+    signs: Tensor
+    norm: Tensor
+    residual: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """True bytes: codes, signs and both norms."""
+        return self.codes.nbytes + self.signs.nbytes + self.norm.nbytes + self.residual.nbytes
+
+
+class TurboQuantProd:
+    """Unbiased inner products from ``bits`` bits a coordinate.
+
+    Args:
+        head_dim: coordinates of a vector, a multiple of 8 with a known Hadamard matrix.
+        bits: 1 to 4; one of them is the residual's sign.
+        seed: of the rotation, and of the Gaussian matrix (NumPy's Philox generator, whose stream is fixed by its
+            definition).
+        device: where the tensors live.
+
+    Raises:
+        LayoutError: no Hadamard matrix of order ``head_dim`` is known.
+        ValueError: ``bits`` is outside 1 to 4, or ``head_dim`` no multiple of 8.
+    """
+
+    def __init__(self, head_dim: int, bits: int, seed: int = 42, device: torch.device | str = "cpu") -> None:
+        if bits not in PROD_BITS:
+            raise ValueError(f"bits is {bits}; Algorithm 2 is implemented for {PROD_BITS[0]} to {PROD_BITS[-1]}")
+        if head_dim % 8:
+            raise ValueError(f"head_dim is {head_dim}; it must be a multiple of 8")
+        self.head_dim, self.bits, self.seed = head_dim, bits, seed
+        self._rotation = rotation_signs(head_dim, seed=seed, device=device)
+        normal = np.random.Generator(np.random.Philox(seed)).standard_normal((head_dim, head_dim))
+        self._projection = torch.from_numpy(normal).to(device=device, dtype=torch.float32)
+        levels, boundaries = (torch.zeros(1), torch.zeros(0))
+        if bits > 1:
+            levels, boundaries = lloyd_max(bits - 1, head_dim).tensors(device)
+        self._levels, self._boundaries = levels.to(device), boundaries.to(device)
+
+    def encode(self, x: Tensor) -> ProdTensor:
+        """Compress float ``[..., head_dim]``; a zero vector gets norm 0.
+
+        Raises:
+            ValueError: ``x`` is not floating-point or has another last dimension.
+        """
+        self._check(x, "x")
+        x = x.to(torch.float32)
+        norm = x.norm(dim=-1)
+        unit = x / torch.where(norm > 0, norm, torch.ones_like(norm)).unsqueeze(-1)
+        codes = torch.bucketize(
+            (rotate(unit, self._rotation) * math.sqrt(self.head_dim)).contiguous(), self._boundaries
+        )
+        residual = unit - self._stage_one(codes)
+        planes = torch.cat([(codes >> plane) & 1 for plane in range(self.bits - 1)] or [codes[..., :0]], dim=-1)
+        return ProdTensor(
+            codes=_pack_bits(planes == 1),
+            signs=_pack_bits(residual @ self._projection.T > 0),
+            norm=norm,
+            residual=residual.norm(dim=-1),
+        )
+
+    def decode(self, packed: ProdTensor) -> Tensor:
+        """The vector ``[..., head_dim]`` whose inner products are the unbiased estimates."""
+        planes = _unpack_bits(packed.codes).unflatten(-1, (self.bits - 1, self.head_dim)).long()
+        shifts = torch.arange(self.bits - 1, device=planes.device).unsqueeze(-1)
+        stage_one = self._stage_one((planes << shifts).sum(-2))
+        signs = _unpack_bits(packed.signs).to(torch.float32) * 2 - 1
+        correction = (
+            (math.sqrt(math.pi / 2) / self.head_dim) * packed.residual.unsqueeze(-1) * (signs @ self._projection)
+        )
+        return packed.norm.unsqueeze(-1) * (stage_one + correction)
+
+    def inner_product(self, query: Tensor, packed: ProdTensor) -> Tensor:
+        """Unbiased estimate of ``<query, x>``: float32 ``[..., queries, vectors]``.
+
+        Args:
+            query: float ``[..., queries, head_dim]``.
+            packed: vectors ``[..., vectors]``.
+
+        Raises:
+            ValueError: ``query`` is not floating-point or has another last dimension.
+        """
+        self._check(query, "query")
+        return query.to(torch.float32) @ self.decode(packed).transpose(-1, -2)
+
+    def _stage_one(self, codes: Tensor) -> Tensor:
+        return unrotate(self._levels[codes] / math.sqrt(self.head_dim), self._rotation)
+
+    def _check(self, x: Tensor, name: str) -> None:
+        if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)}; it must be floating-point with last dimension {self.head_dim}"
+            )
