@@ -51,7 +51,7 @@ def sphere_pdf(head_dim: int) -> Callable[[float], float]:
 def quantization_error(codebook: Codebook, pdf: Callable[[float], float], end: float) -> float:
     edges = [-end, *codebook.boundaries, end]
     cells = zip(codebook.levels, edges[:-1], edges[1:], strict=True)
-    return sum(integrate.quad(lambda t, c=c: (t - c) ** 2 * pdf(t), a, b, epsabs=1e-14)[0] for c, a, b in cells)
+    return sum(float(integrate.quad(lambda t, c=c: (t - c) ** 2 * pdf(t), a, b, epsabs=1e-14)[0]) for c, a, b in cells)
 
 
 @pytest.mark.parametrize(("bits", "expected"), GAUSSIAN_MSE.items())

@@ -1,0 +1,133 @@
+"""The standalone cache and its store: any chunks, true bytes, crop, select, snapshots, attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turboquant_core import (
+    CacheCodec,
+    MemoryFigures,
+    PackedSequences,
+    PageLayout,
+    ReferenceProvider,
+    TurboQuantKVCache,
+    VectorLayout,
+)
+
+
+def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def store(batch: int = 2) -> PackedSequences:
+    layout = PageLayout(VectorLayout(64, 4, "int8"), VectorLayout(32, 3, "cubic"), page_size=16, kv_heads=2)
+    return PackedSequences(batch, CacheCodec.create(layout), ReferenceProvider(), torch.float32)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(chunks=st.lists(st.integers(0, 40), max_size=6), bits=st.sampled_from([2, 3, 4, (4, 2)]))
+def test_chunks_do_not_matter(chunks: list[int], bits: int | tuple[int, int]) -> None:
+    keys, values = vectors(2, 3, sum(chunks), 64), vectors(2, 3, sum(chunks), 64, seed=1)
+    cache, whole = (TurboQuantKVCache(2, 3, 64, bits) for _ in range(2))
+    start = 0
+    for chunk in chunks:
+        cache.append(keys[:, :, start : start + chunk], values[:, :, start : start + chunk])
+        start += chunk
+        assert len(cache) == cache.seq_length == start
+    whole.append(keys, values)
+    for got, expected in zip(cache.read(), whole.read(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_memory_figures() -> None:
+    cache = TurboQuantKVCache(2, 3, 64, (4, 2), dtype=torch.bfloat16)
+    assert cache.memory() == MemoryFigures(0, 0, 0)
+    assert cache.memory().compression_ratio == 1.0
+    cache.append(vectors(2, 3, 20, 64).bfloat16(), vectors(2, 3, 20, 64).bfloat16())
+    figures = cache.memory()
+    assert figures.stored == 2 * 3 * 20 * (32 + 2 + 16 + 2)
+    assert figures.allocated == 2 * 3 * 32 * (32 + 2 + 16 + 2)
+    assert figures.uncompressed == 2 * 3 * 20 * 128 * 2
+    assert figures.compression_ratio == pytest.approx(256 / 52)
+    cache.reset()
+    assert cache.memory() == MemoryFigures(0, 0, 0)
+
+
+def test_growth_copies_a_bounded_number_of_bytes() -> None:
+    sequences, copied, last = store(1), 0, 0
+    for _ in range(600):
+        sequences.append(vectors(1, 2, 1, 64), vectors(1, 2, 1, 32))
+        allocated = sequences.memory().allocated
+        copied += last if allocated != last else 0
+        last = allocated
+    assert copied < 20 * last
+
+
+def test_attention_equals_dense() -> None:
+    cache = TurboQuantKVCache(2, 2, 64, 4)
+    cache.append(vectors(2, 2, 37, 64), vectors(2, 2, 37, 64, seed=1))
+    query = vectors(2, 4, 3, 64, seed=2)
+    keys, values = (x.repeat_interleave(2, 1).double() for x in cache.read())
+    hidden = torch.arange(37) > torch.arange(34, 37).unsqueeze(1)
+    scores = (query.double() @ keys.transpose(-1, -2) * 0.2).masked_fill(hidden, -torch.inf)
+    got = cache.attend(query, scaling=0.2)
+    torch.testing.assert_close(got.out.double(), scores.softmax(-1) @ values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_snapshot_survives_growth_crop_and_select() -> None:
+    sequences = store()
+    sequences.append(vectors(2, 2, 16, 64), vectors(2, 2, 16, 32))
+    past = sequences.past()
+    before = past.read(0, 16, torch.float32)
+    sequences.append(vectors(2, 2, 50, 64, seed=1), vectors(2, 2, 50, 32, seed=1))
+    sequences.select(torch.tensor([1, 1, 0]))
+    sequences.crop(3)
+    assert past.length == 16
+    for got, expected in zip(past.read(0, 16, torch.float32), before, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_select_and_crop() -> None:
+    sequences = store()
+    sequences.append(vectors(2, 2, 20, 64), vectors(2, 2, 20, 32))
+    before = sequences.past().read(0, 20, torch.float32)
+    sequences.select(torch.tensor([1, 0, 1]))
+    assert sequences.batch == 3
+    sequences.crop(18)
+    after = sequences.past().read(0, 18, torch.float32)
+    for got, expected in zip(after, before, strict=True):
+        assert torch.equal(got, expected[[1, 0, 1], :, :18])
+    with pytest.raises(ValueError, match="crop to 19"):
+        sequences.crop(19)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        (torch.zeros(2, 2, 3, 32), torch.zeros(2, 2, 3, 32), "keys have shape"),
+        (torch.zeros(2, 2, 3, 64), torch.zeros(2, 2, 3, 64), "values have shape"),
+        (torch.zeros(2, 2, 3, 64), torch.zeros(2, 2, 4, 32), "tokens must be equal"),
+        (torch.zeros(3, 2, 3, 64), torch.zeros(3, 2, 3, 32), "keys have shape"),
+        (torch.zeros(2, 2, 3, 64, dtype=torch.int8), torch.zeros(2, 2, 3, 32), "int8"),
+    ],
+)
+def test_bad_append_adds_nothing(keys: torch.Tensor, values: torch.Tensor, message: str) -> None:
+    sequences = store()
+    with pytest.raises(ValueError, match=message):
+        sequences.append(keys, values)
+    assert sequences.length == 0
+
+
+def test_other_bad_input() -> None:
+    with pytest.raises(ValueError, match="batch is 0"):
+        TurboQuantKVCache(0, 2, 64)
+    cache = TurboQuantKVCache(1, 2, 64)
+    cache.append(vectors(1, 2, 5, 64), vectors(1, 2, 5, 64))
+    with pytest.raises(ValueError, match=r"2\.\.6"):
+        cache.read(2, 6)
+    with pytest.raises(ValueError, match="5 tokens"):
+        cache.attend(vectors(1, 2, 6, 64))

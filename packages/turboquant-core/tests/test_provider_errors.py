@@ -1,0 +1,156 @@
+"""Bad input to the operations: one clear error, or a documented result, and nothing half-written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from turboquant_core import (
+    CacheCodec,
+    Codec,
+    KernelRequest,
+    LayoutError,
+    Packed,
+    PageLayout,
+    ReferenceProvider,
+    VectorLayout,
+)
+
+LAYOUT = PageLayout(VectorLayout(64, 4, "int8"), VectorLayout(64, 4, "cubic"), page_size=16, kv_heads=2)
+PROVIDER = ReferenceProvider()
+
+
+def vectors(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 2, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def pages() -> torch.Tensor:
+    return torch.full(LAYOUT.pages_shape(4), 7, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head_dim": 60, "bits": 4, "form": "int8"}, "head_dim is 60"),
+        ({"head_dim": 2048, "bits": 4, "form": "int8"}, "2048"),
+        ({"head_dim": 64, "bits": 5, "form": "int8"}, "bits is 5"),
+        ({"head_dim": 64, "bits": 4.0, "form": "int8"}, "bits is 4.0"),
+        ({"head_dim": 64, "bits": 4, "form": "linear"}, "'linear'"),
+    ],
+)
+def test_layouts(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        VectorLayout(**arguments)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_vector_that_is_not_finite_spoils_itself_alone(bad: float) -> None:
+    codec = Codec.create(LAYOUT.key)
+    x = vectors(3)
+    clean = PROVIDER.encode(x, codec)
+    x[1, 0, 5] = bad
+    packed = PROVIDER.encode(x, codec)
+    assert packed.scales[1, 0].isnan()
+    assert PROVIDER.decode(packed, codec)[1, 0].isnan().all()
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    mask[1, 0] = False
+    assert torch.equal(packed.codes[mask], clean.codes[mask])
+    assert torch.equal(packed.scales[mask], clean.scales[mask])
+
+
+def test_zero_vectors_decode_to_zero() -> None:
+    for vector in (LAYOUT.key, LAYOUT.value):
+        codec = Codec.create(vector)  # type: ignore[arg-type]
+        packed = PROVIDER.encode(torch.zeros(3, 64), codec)
+        assert not packed.scales.any()
+        assert not PROVIDER.decode(packed, codec).any()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 64, dtype=torch.int64), "int64"),
+        (torch.zeros(2, 32), "head_dim = 64"),
+        (torch.zeros(()), "last dimension"),
+        (torch.zeros(2, 64, device="meta"), "meta"),
+    ],
+)
+def test_encode(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PROVIDER.encode(x, Codec.create(LAYOUT.key))
+
+
+def test_decode_of_scales_that_do_not_fit() -> None:
+    codec = Codec.create(LAYOUT.key)
+    packed = PROVIDER.encode(torch.zeros(2, 64), codec)
+    with pytest.raises(ValueError, match="scales are"):
+        PROVIDER.decode(Packed(packed.codes, packed.scales.float()), codec)
+    with pytest.raises(ValueError, match="scales are"):
+        PROVIDER.decode(Packed(packed.codes, packed.scales[:1]), codec)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [([0, 64], "0 to 64"), ([-2, 3], "-2"), ([1.0, 2.0], "integer"), ([0], "slot_mapping")],
+)
+def test_store_refuses_before_it_writes(pages: torch.Tensor, slots: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PROVIDER.store(vectors(2), vectors(2, 1), pages, torch.tensor(slots), CacheCodec.create(LAYOUT))
+    assert (pages == 7).all()
+
+
+def test_store_into_other_pages(pages: torch.Tensor) -> None:
+    codec, slots = CacheCodec.create(LAYOUT), torch.tensor([0, 1])
+    for wrong in (pages.to(torch.int8), pages[..., :-2].contiguous(), pages[..., ::2], pages[0]):
+        with pytest.raises(ValueError, match="pages are"):
+            PROVIDER.store(vectors(2), vectors(2, 1), wrong, slots, codec)
+
+
+def attend(pages: torch.Tensor, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "query": torch.zeros(1, 4, 64),
+        "block_table": torch.tensor([[0, 1]], dtype=torch.int32),
+        "seq_lens": torch.tensor([20], dtype=torch.int32),
+        "scaling": 0.1,
+        **changes,
+    }
+    query, table, lengths = (arguments.pop(name) for name in ("query", "block_table", "seq_lens"))
+    return PROVIDER.attend(query, pages, table, lengths, CacheCodec.create(LAYOUT), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(1, 3, 64)}, "multiple of 2"),
+        ({"query": torch.zeros(1, 4, 32)}, "head_dim = 64"),
+        ({"seq_lens": torch.tensor([33], dtype=torch.int32)}, "33 tokens"),
+        ({"seq_lens": torch.tensor([], dtype=torch.int32)}, "seq_lens"),
+        ({"block_table": torch.zeros(2, 2, dtype=torch.int32)}, "block_table"),
+        ({"window": 0}, "window is 0"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"sinks": torch.zeros(3)}, "q_heads = 4"),
+        ({"out": torch.zeros(1, 4, 32)}, "out is"),
+        ({"query_start_loc": torch.tensor([0, 2])}, "query_start_loc"),
+    ],
+)
+def test_attend(pages: torch.Tensor, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attend(pages, **changes)
+
+
+def test_gather_beyond_the_block_table(pages: torch.Tensor) -> None:
+    table = torch.tensor([[0, 1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"5\.\.33"):
+        PROVIDER.gather(pages, table, CacheCodec.create(LAYOUT), start=5, stop=33, dtype=torch.float32)
+
+
+def test_another_layout_version_is_refused() -> None:
+    newer = PageLayout(replace(LAYOUT.key, version=2), replace(LAYOUT.value, version=2), page_size=16, kv_heads=2)
+    reason = PROVIDER.unsupported_reason(KernelRequest(newer, torch.device("cpu"), torch.float32))
+    assert reason == "layout version 2, this provider implements 1"
+    with pytest.raises(LayoutError, match="version 2"):
+        PageLayout(replace(LAYOUT.key, version=2), LAYOUT.value, page_size=16, kv_heads=2)

@@ -1,0 +1,36 @@
+"""The names that others build on, and what importing them costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import turboquant_core
+
+PUBLIC = """
+LAYOUT_VERSION Attended CacheCodec Codebook Codec CompressedTensor Gathered KernelProvider KernelRequest LayoutError
+MemoryFigures Packed PackedPast PackedSequences PageLayout ProdTensor ProviderError RawLayout ReferenceProvider
+TurboQuantError TurboQuantKVCache TurboQuantMSE TurboQuantProd VectorLayout __version__ available_providers
+format_codebook lloyd_max load_provider pack_codes rotate rotation_signs select_provider unpack_codes unrotate
+"""
+
+
+def test_names() -> None:
+    assert sorted(turboquant_core.__all__) == sorted(PUBLIC.split())
+    assert all(hasattr(turboquant_core, name) for name in turboquant_core.__all__)
+    assert turboquant_core.__version__ == version("turboquant-core")
+
+
+def test_every_public_object_is_documented() -> None:
+    for name in turboquant_core.__all__:
+        value = getattr(turboquant_core, name)
+        if not isinstance(value, int | str):
+            assert value.__doc__, name
+
+
+def test_importing_loads_neither_kernels_nor_test_tools() -> None:
+    forbidden = "triton transformers vllm pytest hypothesis turboquant_triton turboquant_hf turboquant_vllm"
+    program = f"import sys, turboquant_core; print([m for m in {forbidden.split()!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"

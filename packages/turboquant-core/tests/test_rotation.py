@@ -1,0 +1,82 @@
+"""Signs by the written recurrence, and a rotation that is orthonormal and exactly inverted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turboquant_core import LayoutError, rotate, rotation_signs, unrotate
+from turboquant_core.rotation import rotation_matrix
+
+HEAD_DIMS = (16, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512, 576)
+MASK = (1 << 64) - 1
+
+
+def splitmix64(state: int) -> int:
+    """Output function of SplitMix64 (Steele, Lea, Flood 2014)."""
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+    return state ^ (state >> 31)
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (42, 0), (42, 1), (MASK, 1)])
+def test_signs_follow_the_written_recurrence(seed: int, stream: int) -> None:
+    first = (splitmix64(seed) + stream) & MASK
+    states = [(first + (i + 1) * 0x9E3779B97F4A7C15) & MASK for i in range(96)]
+    expected = [-1.0 if splitmix64(state) & (1 << 63) else 1.0 for state in states]
+    assert rotation_signs(96, seed=seed, stream=stream).tolist() == expected
+
+
+@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": 1 << 64}, {"stream": -1}])
+def test_seed_and_stream_out_of_range(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        rotation_signs(64, **options)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_orthonormal(head_dim: int) -> None:
+    matrix = rotation_matrix(rotation_signs(head_dim)).double()
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(head_dim, dtype=torch.float64), rtol=0, atol=1e-6)
+    magnitude = torch.full_like(matrix, head_dim**-0.5)
+    torch.testing.assert_close(matrix.abs(), magnitude, rtol=1e-6, atol=0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(head_dim=st.sampled_from(HEAD_DIMS), lead=st.lists(st.integers(0, 3), max_size=3), seed=st.integers(0, 999))
+def test_fast_path_equals_the_matrix_and_inverts(head_dim: int, lead: list[int], seed: int) -> None:
+    x = torch.randn(*lead, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    signs = rotation_signs(head_dim, seed=seed)
+    rotated = rotate(x, signs)
+    assert rotated.dtype == torch.float64
+    torch.testing.assert_close(rotated, x @ rotation_matrix(signs).double().T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(unrotate(rotated, signs), x, rtol=1e-12, atol=1e-12)
+
+
+def test_signs_are_fixed_balanced_and_differ_by_stream_and_seed() -> None:
+    signs = rotation_signs(512, seed=7)
+    assert torch.equal(signs, rotation_signs(512, seed=7))
+    assert set(signs.tolist()) == {1.0, -1.0}
+    assert abs(float(signs.sum())) < 5 * 512**0.5
+    for other in (rotation_signs(512, seed=8), rotation_signs(512, seed=7, stream=1)):
+        assert abs(float((signs * other).sum())) < 5 * 512**0.5
+
+
+def test_half_input_becomes_float32_and_views_are_accepted() -> None:
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).half().T
+    rotated = rotate(x, rotation_signs(64))
+    assert rotated.dtype == torch.float32
+    assert torch.equal(rotated, rotate(x.contiguous(), rotation_signs(64)))
+
+
+@pytest.mark.parametrize("head_dim", [0, 3, 23 * 8, 2048])
+def test_unknown_order(head_dim: int) -> None:
+    with pytest.raises(LayoutError, match=str(head_dim)):
+        rotation_signs(head_dim)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 32), torch.zeros(2, 64, dtype=torch.int64), torch.zeros(())])
+def test_bad_input(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="rotate"):
+        rotate(x, rotation_signs(64))

@@ -1,0 +1,56 @@
+"""The four scale rules against float64, and what is stored."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from turboquant_core import Codec, ReferenceProvider, VectorLayout
+from turboquant_core.scale import SCALE_RULES, check_scale_rule, to_stored, vector_scale
+
+
+def expected_scale(z: torch.Tensor, levels: torch.Tensor, rule: str) -> float:
+    inner, power, energy = float(z @ levels), float(levels @ levels), float(z @ z)
+    return {
+        "unbiased": energy / inner,
+        "least_squares": inner / power,
+        "renorm": math.sqrt(energy / power),
+        "norm": math.sqrt(energy / len(z)),
+    }[rule]
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_rules(rule: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 64, dtype=torch.float64, generator=generator)
+    levels = (z * 2).round() / 2 + 0.25 * z.sign()
+    got = vector_scale(z, levels, rule)
+    assert got.tolist() == pytest.approx([expected_scale(a, b, rule) for a, b in zip(z, levels, strict=True)])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_unbiased_over_rotations(bits: int) -> None:
+    x = torch.randn(96, generator=torch.Generator().manual_seed(1))
+    query = x + torch.randn(96, generator=torch.Generator().manual_seed(2))
+    estimates = []
+    for seed in range(400):
+        codec = Codec.create(VectorLayout(96, bits, "int8"), seed=seed, scale_rule="unbiased")
+        packed = ReferenceProvider().encode(x, codec)
+        estimates.append(float(query @ ReferenceProvider().decode(packed, codec)))
+    mean, deviation = torch.tensor(estimates).double().mean(), torch.tensor(estimates).double().std()
+    assert abs(float(mean) - float(query @ x)) < 4 * float(deviation) / math.sqrt(len(estimates))
+
+
+def test_stored_scale_saturates_and_keeps_nan() -> None:
+    stored = to_stored(torch.tensor([0.0, 1e9, torch.nan, 65504.0]))
+    assert stored.dtype == torch.float16
+    assert stored[:2].tolist() == [0.0, 65504.0]
+    assert stored[2].isnan()
+    assert stored[3] == 65504.0
+
+
+def test_unknown_rule() -> None:
+    with pytest.raises(ValueError, match="'median'"):
+        check_scale_rule("median")
