@@ -12,7 +12,7 @@ from torch import Tensor
 from turboquant_core import Attended, CacheCodec, KernelRequest, PageLayout, RawLayout
 
 from .checks import check_attend
-from .device import hadamard_fp16, multiprocessors
+from .device import hadamard_fp16, has_dependent_launch, multiprocessors
 from .kernels.attend_merge import attend_merge_kernel
 from .kernels.attend_permute import attend_permute_kernel
 from .kernels.attend_portable import attend_portable_kernel
@@ -144,6 +144,7 @@ def _prepare(
         HAS_STARTS=seq_starts is not None,
         HAS_WINDOW=options.window is not None,
         ROWS_BLOCK=shape.rows_block,
+        PDL=permute and has_dependent_launch(query.device),
         num_warps=8,
     )
 
@@ -161,6 +162,7 @@ def _permute(
     has_starts: bool,
 ) -> None:
     layout = codec.layout
+    pdl = has_dependent_launch(query.device)
     attend_permute_kernel[(programs,)](
         space.query,
         space.query_stats,
@@ -191,6 +193,9 @@ def _permute(
         HAS_SOFTCAP=options.softcap is not None,
         ROWS_BLOCK=shape.rows_block,
         TABLE=128 if config.num_warps == 1 else 32,
+        PDL=pdl,
+        launch_pdl=pdl,
+        maxnreg=config.max_registers,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -261,6 +266,7 @@ def _merge(
     rotated = codec.value is not None
     scale = cubic_levels(value_bits(layout)).step / _WEIGHT_SHIFT if permute and rotated else 1.0
     value_dim = layout.value.head_dim
+    pdl = permute and has_dependent_launch(out.device)
     attend_merge_kernel[(out.shape[0] * out.shape[1],)](
         space.partial,
         space.stats,
@@ -282,5 +288,7 @@ def _merge(
         ROTATED=rotated,
         HAS_SINKS=sinks is not None,
         PIECES=_pieces(shape, programs),
+        PDL=pdl,
         num_warps=8,
+        launch_pdl=pdl,
     )

@@ -35,3 +35,9 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return _INTERPRETED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=16)
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch, sm_90 and newer)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -14,12 +14,14 @@ class AttendConfig:
         num_warps: warps of a program.
         num_stages: software pipeline depth.
         programs_per_sm: programs resident on one multiprocessor.
+        max_registers: limit for a thread, so that so many programs fit; None leaves it to the compiler.
     """
 
     block: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    max_registers: int | None = None
 
 
 PORTABLE = AttendConfig(block=32, num_warps=4, num_stages=1, programs_per_sm=2)

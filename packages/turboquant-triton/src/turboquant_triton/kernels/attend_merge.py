@@ -46,10 +46,13 @@ def attend_merge_kernel(
     ROTATED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PIECES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     vector = tl.program_id(0)
     if ROTATED:
         matrix = load_rotation(hadamard, D)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     token = vector // (KV_HEADS * GROUP)
     head = vector % (KV_HEADS * GROUP)
     flat = (token % Q_LEN) * GROUP + head % GROUP

@@ -124,7 +124,11 @@ def attend_permute_kernel(
     HAS_SOFTCAP: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
     TABLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     KEY_ROW: tl.constexpr = D * KEY_BITS // 8
     VALUE_ROW: tl.constexpr = VALUE_DIM * VALUE_BITS // 8
     VALUE_OFFSET: tl.constexpr = PAGE_SIZE * KEY_ROW

@@ -41,7 +41,10 @@ def attend_prepare_kernel(
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     vector = tl.program_id(0)
     if vector == vectors:
         write_plan(
