@@ -35,7 +35,7 @@ def test_the_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
     script.write_text(PROGRAMS[page])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -18,11 +18,13 @@ from .kernels.attend_permute import attend_permute_kernel
 from .kernels.attend_portable import attend_portable_kernel
 from .kernels.attend_prepare import attend_prepare_kernel
 from .kernels.unpack_asm import cubic_levels, int8_levels
+from .launch import padded
 from .tuning import PORTABLE, AttendConfig, attend_config
 from .workspace import AttendShape, Workspace, carve, workspace_bytes
 
 _RAW_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _WEIGHT_SHIFT = 2.0**15
+_MERGE_TILE = 128 * 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,10 @@ def attend_workspace_bytes(request: KernelRequest, tokens: int, batch: int, perm
     return max(workspace_bytes(shape, programs, request.layout, permute) for shape in (equal, ragged))
 
 
-def _pieces(shape: AttendShape, programs: int) -> int:
+def _pieces(shape: AttendShape, programs: int, value_dim: int) -> int:
     """Pieces of an item that the merge reads together: about as many as an item has when all are of one length."""
     expected = programs // shape.items + 2
-    return min(max(1 << (expected - 1).bit_length(), 4), 64)
+    return min(max(1 << (expected - 1).bit_length(), 4), _MERGE_TILE // value_dim)
 
 
 def _prepare(
@@ -287,7 +289,7 @@ def _merge(
         N=shape.n,
         ROTATED=rotated,
         HAS_SINKS=sinks is not None,
-        PIECES=_pieces(shape, programs),
+        PIECES=_pieces(shape, programs, padded(value_dim)),
         PDL=pdl,
         num_warps=8,
         launch_pdl=pdl,
