@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 
@@ -48,6 +50,28 @@ def test_moving_a_codec() -> None:
     assert moved.value.boundaries.device.type == "meta"
 
 
+def test_moving_a_codec_with_raw_values() -> None:
+    raw = PageLayout(PAGE.key, RawLayout(96), page_size=16, kv_heads=2)
+    moved = CacheCodec.create(raw).to("meta")
+    assert moved.value is None
+    assert moved.key.center is None
+    assert moved.key.device.type == "meta"
+
+
+def test_centre_belongs_to_the_keys_and_is_kept_in_float32() -> None:
+    codec = CacheCodec.create(PAGE, center=torch.full((2, 64), 0.5, dtype=torch.bfloat16))
+    assert codec.value is not None
+    assert codec.value.center is None
+    assert codec.key.center is not None
+    assert codec.key.center.dtype == torch.float32
+    assert torch.equal(codec.key.center, torch.full((2, 64), 0.5))
+
+
+def test_a_codec_cannot_be_changed_in_place() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Codec.create(LAYOUT).scale_rule = "norm"  # type: ignore[misc]
+
+
 def test_centre_is_subtracted_before_and_added_after() -> None:
     generator = torch.Generator().manual_seed(0)
     center = 10 * torch.randn(2, 64, generator=generator)
@@ -77,5 +101,10 @@ def test_centre_for_other_heads() -> None:
 def test_unknown_scale_rule_and_order() -> None:
     with pytest.raises(ValueError, match="'best'"):
         Codec.create(LAYOUT, scale_rule="best")  # type: ignore[arg-type]
+    for options in ({"key_scale": "best"}, {"value_scale": "best"}):
+        with pytest.raises(ValueError, match="'best'"):
+            CacheCodec.create(PAGE, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed is -1"):
+        CacheCodec.create(PAGE, seed=-1)
     with pytest.raises(LayoutError, match="184"):
         Codec.create(VectorLayout(184, 4, "int8"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import LayoutError, rotate, rotation_signs, unrotate
+from turboquant_core.hadamard import hadamard_matrix, supported_order
 from turboquant_core.rotation import rotation_matrix
 
 HEAD_DIMS = (16, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512, 576)
@@ -29,10 +31,26 @@ def test_signs_follow_the_written_recurrence(seed: int, stream: int) -> None:
     assert rotation_signs(96, seed=seed, stream=stream).tolist() == expected
 
 
-@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": 1 << 64}, {"stream": -1}])
-def test_seed_and_stream_out_of_range(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        rotation_signs(64, **options)
+@pytest.mark.parametrize(
+    ("seed", "stream", "expected"),
+    [
+        (0, 0, "-++-+++-+-+-----+-+----+--++---+"),
+        (42, 0, "-+++-+++-+---++-+++-++-++-+--++-"),
+        (42, 1, "+--+-----+++----+----+-+-++---++"),
+        (MASK, 1, "++-++-++++++++-+++--+---+----++-"),
+    ],
+)
+def test_signs_never_change(seed: int, stream: int, expected: str) -> None:
+    """Also a shorter head_dim takes the first signs of a longer one."""
+    for head_dim in (32, 128):
+        signs = rotation_signs(head_dim, seed=seed, stream=stream)[:32].tolist()
+        assert "".join("-" if sign < 0 else "+" for sign in signs) == expected
+
+
+@pytest.mark.parametrize(("seed", "stream", "name"), [(-1, 0, "seed"), (1 << 64, 0, "seed"), (0, -1, "stream")])
+def test_seed_and_stream_out_of_range(seed: int, stream: int, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        rotation_signs(64, seed=seed, stream=stream)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -41,6 +59,19 @@ def test_orthonormal(head_dim: int) -> None:
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(head_dim, dtype=torch.float64), rtol=0, atol=1e-6)
     magnitude = torch.full_like(matrix, head_dim**-0.5)
     torch.testing.assert_close(matrix.abs(), magnitude, rtol=1e-6, atol=0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(head_dim=st.integers(2, 128).map(lambda n: 8 * n).filter(supported_order), seed=st.integers(0, MASK))
+def test_fast_path_is_the_definition_in_float64(head_dim: int, seed: int) -> None:
+    """``z = H diag(signs) x / sqrt(d)`` with the integer matrix, which shares no arithmetic with the fast transform."""
+    x = np.random.default_rng(seed).standard_normal((3, head_dim))
+    signs = rotation_signs(head_dim, seed=seed)
+    expected = (x * signs.double().numpy()) @ hadamard_matrix(head_dim).T.astype(np.float64) / head_dim**0.5
+    np.testing.assert_allclose(rotate(torch.from_numpy(x), signs).numpy(), expected, rtol=0, atol=1e-13)
+    single = rotate(torch.from_numpy(x).float(), signs)
+    assert single.dtype == torch.float32
+    np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-5)
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
@@ -78,5 +109,6 @@ def test_unknown_order(head_dim: int) -> None:
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 32), torch.zeros(2, 64, dtype=torch.int64), torch.zeros(())])
 def test_bad_input(x: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="rotate"):
-        rotate(x, rotation_signs(64))
+    for operation in (rotate, unrotate):
+        with pytest.raises(ValueError, match="tensor to rotate"):
+            operation(x, rotation_signs(64))
