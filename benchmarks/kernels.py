@@ -8,6 +8,7 @@ keys and values: a decode append and a prefill. Medians of CUDA-graph replays, s
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,13 +143,44 @@ def attention_table(rows: list[dict[str, Any]]) -> str:
     return table(["shape", "FA3 bf16", "SDPA bf16", *(f"{bits} bit / limit (FA3 / ours)" for bits in BITS)], lines)
 
 
+def plot(rows: list[dict[str, Any]], target: Path) -> None:
+    """Speed-up over FlashAttention-3, one group of bars for each shape."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    for offset, bits in enumerate(BITS):
+        positions = [index + 0.27 * (offset - 1) for index in range(len(rows))]
+        axes.bar(positions, [row["fa3"] / row[f"packed_{bits}"] for row in rows], width=0.25, label=f"{bits} bit")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(rows)), [row["shape"].replace(", ", "\n") for row in rows], fontsize=7)
+    axes.set_ylabel("times faster than FlashAttention-3 bf16")
+    axes.legend()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def replot(arguments: argparse.Namespace) -> None:
+    """Draw the plot from the JSON of an earlier run; needs no GPU."""
+    results = json.loads(arguments.json.read_text(encoding="utf-8"))["results"]
+    plot(results[f"attention_page_{arguments.page_sizes[0]}"], arguments.plot)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fa3", type=Path, help="vLLM's _vllm_fa3_C shared library; an installed vLLM otherwise")
     parser.add_argument("--provider", default="triton")
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[128, 16])
     parser.add_argument("--json", type=Path, default=HERE / "results" / "kernels.json")
+    parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "images" / "kernels.png")
+    parser.add_argument("--replot", action="store_true", help="only draw the plot of the JSON file")
     arguments = parser.parse_args()
+    if arguments.replot:
+        replot(arguments)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: these figures are of a GPU")
     provider = load_provider(arguments.provider)
@@ -170,6 +202,8 @@ def main() -> None:
     ]
     print("\n" + table(list(stores[0]), [list(row.values()) for row in stores]))
     write_json(arguments.json, results)
+    if forward is not None:
+        replot(arguments)
 
 
 if __name__ == "__main__":

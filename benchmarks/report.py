@@ -36,12 +36,15 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout; outside a repository that of ``BENCHMARK_COMMIT``, for copies without history."""
+    """``BENCHMARK_COMMIT`` where it is set (for copies without the true history), else the commit of the checkout."""
+    named = os.environ.get("BENCHMARK_COMMIT")
+    if named:
+        return named
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCHMARK_COMMIT")
+        return None
 
 
 def facts() -> dict[str, Any]:
