@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -151,6 +152,31 @@ def _prepare(
     )
 
 
+def _constants(
+    query: Tensor, layout: PageLayout, options: AttendOptions, shape: AttendShape, config: AttendConfig
+) -> dict[str, Any]:
+    """Compile-time arguments and launch parameters that both forms share."""
+    return {
+        "D": layout.key.head_dim,
+        "VALUE_DIM": layout.value.head_dim,
+        "KEY_BITS": layout.key.bits,
+        "VALUE_BITS": value_bits(layout),
+        "RAW_TYPE": _RAW_TYPES[query.dtype],
+        "PAGE_SIZE": layout.page_size,
+        "KV_HEADS": layout.kv_heads,
+        "CHUNKS": shape.chunks,
+        "GROUP": shape.group,
+        "Q_LEN": shape.q_len,
+        "N": shape.n,
+        "BLOCK": config.block,
+        "HAS_WINDOW": options.window is not None,
+        "HAS_SOFTCAP": options.softcap is not None,
+        "ROWS_BLOCK": shape.rows_block,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 def _permute(
     query: Tensor,
     pages: Tensor,
@@ -178,28 +204,12 @@ def _permute(
         layout.page_bytes,
         (options.softcap or 0.0) * math.log2(math.e),
         options.window or 0,
-        D=layout.key.head_dim,
-        VALUE_DIM=layout.value.head_dim,
-        KEY_BITS=layout.key.bits,
-        VALUE_BITS=value_bits(layout),
-        RAW_TYPE=_RAW_TYPES[query.dtype],
-        PAGE_SIZE=layout.page_size,
-        KV_HEADS=layout.kv_heads,
-        CHUNKS=shape.chunks,
-        GROUP=shape.group,
-        Q_LEN=shape.q_len,
-        N=shape.n,
-        BLOCK=config.block,
+        **_constants(query, layout, options, shape, config),
         HAS_STARTS=has_starts,
-        HAS_WINDOW=options.window is not None,
-        HAS_SOFTCAP=options.softcap is not None,
-        ROWS_BLOCK=shape.rows_block,
         TABLE=128 if config.num_warps == 1 else 32,
         PDL=pdl,
         launch_pdl=pdl,
         maxnreg=config.max_registers,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
 
 
@@ -231,26 +241,10 @@ def _portable(
         layout.page_bytes,
         (options.softcap or 0.0) * math.log2(math.e),
         options.window or 0,
-        D=layout.key.head_dim,
-        VALUE_DIM=layout.value.head_dim,
-        KEY_BITS=layout.key.bits,
-        VALUE_BITS=value_bits(layout),
+        **_constants(query, layout, options, shape, config),
         KEY_INT8=layout.key.form == "int8",
         VALUE_INT8=not isinstance(layout.value, RawLayout) and layout.value.form == "int8",
-        RAW_TYPE=_RAW_TYPES[query.dtype],
         RAW_BITS=value_bits(layout) if raw else 0,
-        PAGE_SIZE=layout.page_size,
-        KV_HEADS=layout.kv_heads,
-        CHUNKS=shape.chunks,
-        GROUP=shape.group,
-        Q_LEN=shape.q_len,
-        N=shape.n,
-        BLOCK=config.block,
-        HAS_WINDOW=options.window is not None,
-        HAS_SOFTCAP=options.softcap is not None,
-        ROWS_BLOCK=shape.rows_block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
 
 
