@@ -108,3 +108,14 @@ def test_unknown_scale_rule_and_order() -> None:
         CacheCodec.create(PAGE, seed=-1)
     with pytest.raises(LayoutError, match="184"):
         Codec.create(VectorLayout(184, 4, "int8"))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_centre_that_is_not_finite(bad: float) -> None:
+    with pytest.raises(ValueError, match="center holds a NaN"):
+        CacheCodec.create(PAGE, center=torch.full((2, 64), bad))
+
+
+def test_centre_without_dimensions() -> None:
+    with pytest.raises(ValueError, match="center is"):
+        CacheCodec.create(PAGE, center=torch.zeros(()))

@@ -48,6 +48,14 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, **options:
     names = kernel.arg_names
     bits, value_bits = constants.get("BITS", 4), constants.get("VALUE_BITS", 4)
     signature = {n: "constexpr" if n in constants else argument_type(n, bits, value_bits) for n in names}
+    return compiled_for(kernel, signature, constants, capability, **options)
+
+
+def compiled_for(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, **options: int
+) -> Any:
+    """Compile with the given argument types."""
+    names = kernel.arg_names
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)

@@ -13,9 +13,9 @@ import pytest
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-def compile_all(capability: int, head_dim: int) -> list[dict[str, int | str]]:
+def compile_all(capability: int, head_dim: int, program_name: str = "compile_kernels.py") -> list[dict[str, int | str]]:
     """One record for each kernel: name, registers, stack, shared (bytes)."""
-    program = Path(__file__).with_name("compile_kernels.py")
+    program = Path(__file__).with_name(program_name)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, program, str(capability), str(head_dim)], capture_output=True, text=True, env=environment
@@ -34,3 +34,14 @@ def test_compiles_and_fits(capability: int, head_dim: int) -> None:
     assert not too_large
     if (capability, head_dim) == (90, 128):
         assert not [record for record in records if record["stack"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
+def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None:
+    records = compile_all(capability, head_dim, "compile_attend.py")
+    assert len(records) == 10
+    assert all(int(record["shared"]) <= SHARED_MEMORY[capability] for record in records)
+    if (capability, head_dim) == (90, 128):
+        assert not [record for record in records if record["stack"] and "portable" not in str(record["name"])]

@@ -61,7 +61,7 @@ class Codec:
 
         Raises:
             LayoutError: no Hadamard matrix of order ``head_dim`` is known.
-            ValueError: unknown scale rule, or ``center`` has another shape.
+            ValueError: unknown scale rule, or ``center`` has another shape or is not finite.
         """
         check_scale_rule(scale_rule)
         _check_center(center, layout.head_dim)
@@ -100,6 +100,8 @@ def _check_center(center: Tensor | None, head_dim: int) -> None:
         raise ValueError(
             f"center is {center.dtype} {tuple(center.shape)}; it must be float [kv_heads, head_dim = {head_dim}]"
         )
+    if not bool(center.isfinite().all()):
+        raise ValueError("center holds a NaN or an infinity, which would spoil every key: compute it from finite keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +141,9 @@ class CacheCodec:
 
         Raises:
             LayoutError: a head_dim has no known Hadamard matrix, or ``center`` does not fit ``kv_heads``.
-            ValueError: unknown scale rule.
+            ValueError: unknown scale rule, or ``center`` has another shape or is not finite.
         """
+        _check_center(center, layout.key.head_dim)
         if center is not None and center.shape[0] != layout.kv_heads:
             raise LayoutError(f"center has {center.shape[0]} rows; the layout has kv_heads = {layout.kv_heads}")
         key = Codec.create(layout.key, seed=seed, stream=KEY_STREAM, scale_rule=key_scale, center=center, device=device)

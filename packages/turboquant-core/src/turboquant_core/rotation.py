@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,8 @@ def rotation_signs(head_dim: int, seed: int = 42, stream: int = 0, device: torch
         ValueError: ``seed`` or ``stream`` is out of range.
         LayoutError: no Hadamard matrix of order ``head_dim`` is known.
     """
-    if not 0 <= seed <= _MASK:
-        raise ValueError(f"seed is {seed}; it must lie in [0, 2**64)")
+    if type(seed) is not int or not 0 <= seed <= _MASK:
+        raise ValueError(f"seed is {seed!r}; it must be an integer in [0, 2**64)")
     if stream < 0:
         raise ValueError(f"stream is {stream}; it must not be negative")
     factor(head_dim)
@@ -76,12 +78,17 @@ def _walsh_hadamard(x: Tensor) -> Tensor:
     return x
 
 
+@lru_cache(maxsize=64)
+def _base_matrix(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(hadamard_matrix(order).copy()).to(device=device, dtype=dtype)
+
+
 def _transform(x: Tensor, transpose: bool) -> Tensor:
     order, power = factor(x.shape[-1])
     blocks = _walsh_hadamard(x.reshape(*x.shape[:-1], order, power))
     if order == 1:
         return blocks.flatten(-2)
-    base = torch.from_numpy(hadamard_matrix(order).copy()).to(device=x.device, dtype=x.dtype)
+    base = _base_matrix(order, x.device, x.dtype)
     return torch.einsum("ij,...jn->...in", base.T if transpose else base, blocks).flatten(-2)
 
 

@@ -1,0 +1,67 @@
+"""Compile both forms of attention ahead of time: ``compile_attend.py CAPABILITY HEAD_DIM``, JSON lines out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton.language as tl
+from compile_kernels import compiled_for, resources
+
+from turboquant_triton.kernels.attend_merge import attend_merge_kernel
+from turboquant_triton.kernels.attend_permute import attend_permute_kernel
+from turboquant_triton.kernels.attend_portable import attend_portable_kernel
+from turboquant_triton.kernels.attend_prepare import attend_prepare_kernel
+from turboquant_triton.tuning import PORTABLE, AttendConfig, attend_config
+
+TYPES = {
+    "query": "*i8", "pages": "*i8", "quantized": "*i8", "block_table": "*i32", "seq_lens": "*i32", "plan": "*i32",
+    "seq_starts": "*i32", "query_start_loc": "*i32", "hadamard": "*fp16", "out": "*bf16", "page_stride": "i64",
+    "softcap_log2": "fp32", "multiplier": "fp32", "output_scale": "fp32",
+}  # fmt: skip
+FLOATS = ("query_stats", "stats", "partial", "signs", "sinks", "lse", "key_levels", "value_levels")
+GROUPED = {"KV_HEADS": 8, "CHUNKS": 1, "GROUP": 4, "Q_LEN": 1}
+SEEN = {"HAS_WINDOW": False, "HAS_STARTS": False, "ROWS_BLOCK": 32}
+
+
+def signature(kernel: Any, constants: dict[str, Any], **types: str) -> dict[str, str]:
+    """Triton's type of every argument."""
+    known = {**dict.fromkeys(FLOATS, "*fp32"), **TYPES, **types}
+    return {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
+
+
+def attention(key_bits: int, value_bits: int, dim: int, config: AttendConfig) -> dict[str, Any]:
+    """Compile-time arguments of both forms."""
+    return {
+        "D": dim, "VALUE_DIM": dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "RAW_TYPE": tl.bfloat16,
+        "PAGE_SIZE": 128, **GROUPED, "N": 8, "BLOCK": config.block, "HAS_WINDOW": False, "HAS_SOFTCAP": False,
+        "ROWS_BLOCK": 32,
+    }  # fmt: skip
+
+
+def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]]:
+    """Name, kernel, compile-time arguments, types and options of every kernel of attention."""
+    for key_bits, value_bits in ((4, 4), (3, 3), (2, 2), (4, 16)):
+        config = attend_config(key_bits, value_bits, dim)
+        constants = attention(key_bits, value_bits, dim, config)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        permute = {**constants, "HAS_STARTS": False, "TABLE": 128 if config.num_warps == 1 else 32, "PDL": newest}
+        yield f"permute {key_bits}/{value_bits}", attend_permute_kernel, permute, {}, options
+        raw = {"KEY_INT8": True, "VALUE_INT8": False, "RAW_BITS": 16 if value_bits == 16 else 0}
+        portable = {**attention(key_bits, value_bits, dim, PORTABLE), **raw, "N": 16}
+        types = {"query": "*fp32", "pages": "*u8"}
+        yield f"portable {key_bits}/{value_bits}", attend_portable_kernel, portable, types, {"num_warps": 4}
+    prepare = {"D": dim, **GROUPED, "N": 8, "BLOCK": 64, "QUANTIZE": True, "RAGGED": False, **SEEN, "PDL": newest}
+    types = {"query": "*bf16"}
+    yield "prepare", attend_prepare_kernel, prepare, types, {"num_warps": 8}
+    merge = {"D": dim, **GROUPED, "N": 8, "ROTATED": True, "HAS_SINKS": False, "PIECES": 16, "PDL": newest}
+    yield "merge", attend_merge_kernel, merge, {}, {"num_warps": 8}
+
+
+if __name__ == "__main__":
+    capability, head_dim = (int(argument) for argument in sys.argv[1:])
+    for name, kernel, constants, types, options in launches(head_dim, capability >= 90):
+        binary = compiled_for(kernel, signature(kernel, constants, **types), constants, capability, **options)
+        print(json.dumps({"name": name, **resources(binary)}), flush=True)
