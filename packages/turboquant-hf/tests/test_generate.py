@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from turboquant_core import MemoryFigures
-from turboquant_hf import TurboQuantCache, patch_model, turboquant, unpatch_model
+from turboquant_hf import CacheMemory, TurboQuantCache, patch_model, turboquant, unpatch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.verify import decoded_twin
 
@@ -133,8 +132,11 @@ def test_memory_figures(llama: Any, prompt: torch.Tensor) -> None:
     assert tokens == prompt.shape[1] + NEW_TOKENS - 1
     vectors = 2 * 2 * tokens
     row = 32 * 4 // 8 + 2 + 32 * 3 // 8 + 2
-    assert cache.memory() == MemoryFigures(vectors * row, cache.memory().allocated, vectors * 64 * 4)
-    assert cache.memory().allocated >= cache.memory().stored
+    memory = cache.memory()
+    assert memory == CacheMemory(vectors * row, memory.allocated, vectors * 64 * 4, vectors * 64 * 2)
+    assert memory.allocated >= memory.stored
+    assert memory.bf16_ratio == memory.compression_ratio / 2 == 128 / row
+    assert TurboQuantCache(llama.config).memory().bf16_ratio == 1
 
 
 def test_deepcopy_shares_nothing(llama: Any, prompt: torch.Tensor) -> None:

@@ -54,7 +54,6 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         (GPT2, "sdpa", None),
         (GPT2, "eager", "asks whether the attention implementation is 'eager'"),
         (LlamaConfig(**GQA), "sdpa", None),
-        (LlamaConfig(**GQA), "flex_attention", "load it with attn_implementation='sdpa'"),
         (BLOOM, "eager", "does not go through"),
     ],
 )
@@ -64,6 +63,12 @@ def test_reason(config: Any, attention: str, reason: str | None) -> None:
     assert (found is None) if reason is None else (reason in (found or ""))
     patch_model(model, verify=False)
     assert (model.config._attn_implementation == attention) == (reason is not None)
+
+
+def test_kernels_that_read_memory_themselves_are_refused() -> None:
+    model = build(LlamaConfig(**GQA), "flex_attention")
+    with pytest.raises(ValueError, match=r"'flex_attention', which cannot.*set_attn_implementation\('sdpa'\)"):
+        patch_model(model)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from ._version import __version__
 from .cache import TurboQuantCache
+from .compatibility import Compatibility, check_model_compatibility
+from .memory import CacheMemory
 from .patch import patch_model, turboquant, unpatch_model
 from .quality import LayerQuality, QualityWarning
 from .summary import LayerSummary, Summary
 from .verify import Verification, verify_model
 
 __all__ = [
+    "CacheMemory",
+    "Compatibility",
     "LayerQuality",
     "LayerSummary",
     "QualityWarning",
@@ -25,6 +29,7 @@ __all__ = [
     "TurboQuantCache",
     "Verification",
     "__version__",
+    "check_model_compatibility",
     "patch_model",
     "turboquant",
     "unpatch_model",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from turboquant_core import MemoryFigures
-
 from .compat import DynamicCache, DynamicLayer
 from .held_text import HeldText
 from .layer import TurboQuantLayer
+from .memory import CacheMemory
 from .options import Bits, CacheOptions, CompressV
-from .summary import LayerSummary, Summary, dense_memory
+from .summary import LayerSummary, Summary
 
 if TYPE_CHECKING:
     from .verify import Verification
@@ -103,12 +100,9 @@ class TurboQuantCache(DynamicCache):
         super().batch_select_indices(indices)
         self.text.select(indices)
 
-    def memory(self) -> MemoryFigures:
+    def memory(self) -> CacheMemory:
         """True bytes of all layers, packed or not."""
-        figures = [
-            layer.memory() if isinstance(layer, TurboQuantLayer) else dense_memory(layer) for layer in self.layers
-        ]
-        return reduce(add, figures)
+        return CacheMemory.of(self.layers)
 
     def summary(self) -> Summary:
         """Each layer with its path, calls and bytes; print it."""

@@ -15,7 +15,7 @@ from .compat import CACHE_ARGUMENT, PreTrainedModel
 from .options import Bits, CompressV
 from .prompts import unwatch_prompts, watch_prompts
 from .quality import QualityWarning, concerns
-from .registration import BASES, NAMES, why_not_registered
+from .registration import BASES, NAMES, check_attention, why_not_registered
 from .verify import verify_model
 
 
@@ -61,7 +61,8 @@ def patch_model(
 
     Raises:
         TurboQuantError: verification failed; the model is left unpatched.
-        ValueError: an option is out of range, or no layer can be packed.
+        ValueError: an option is out of range, no layer can be packed, or the model runs an attention implementation
+            other than ``sdpa`` and ``eager``.
     """
 
     def fresh() -> TurboQuantCache:
@@ -76,6 +77,7 @@ def patch_model(
         )
 
     cache = fresh()
+    check_attention(model)
     watch_prompts(model)
     if why_not_registered(model) is None:
         register()

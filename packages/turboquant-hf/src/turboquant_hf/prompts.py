@@ -50,3 +50,8 @@ def watch_prompts(model: PreTrainedModel) -> None:
 def unwatch_prompts(model: PreTrainedModel) -> None:
     """Undo :func:`watch_prompts`. Idempotent."""
     vars(model).pop(_METHOD, None)
+
+
+def is_watched(model: PreTrainedModel) -> bool:
+    """Whether :func:`watch_prompts` was called; every patched model is watched."""
+    return _METHOD in vars(model)

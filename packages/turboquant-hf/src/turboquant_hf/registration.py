@@ -39,11 +39,21 @@ def base_of(model: PreTrainedModel) -> str:
     return str(NAMES.get(current, current))
 
 
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` when the model runs attention kernels that read the memory of keys themselves."""
+    base = base_of(model)
+    if base not in BASES:
+        raise ValueError(
+            f"the attention implementation of {type(model).__name__} is {base!r}, which cannot read packed keys: "
+            f"choose one of {', '.join(BASES)} with model.set_attn_implementation('sdpa')"
+        )
+
+
 def why_not_registered(model: PreTrainedModel) -> str | None:
     """None when the model takes its attention by name; else why it is left untouched (calls are intercepted then)."""
     base = base_of(model)
     if base not in BASES:
-        return f"its attention is {base!r}: load it with attn_implementation='sdpa'"
+        return f"its attention is {base!r}"
     sources = [_source(name) for name in sorted(_attention_modules(model))]
     if not any(_USES_INTERFACE.search(source) for source in sources):
         return "its attention does not go through Transformers' attention interface"

@@ -5,18 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from turboquant_core import MemoryFigures
 
 from .layer import TurboQuantLayer
-
-
-def dense_memory(layer: Any) -> MemoryFigures:
-    """Bytes of a layer that Transformers keeps: its keys and values, compared with themselves."""
-    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
-    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-    return MemoryFigures(size, size, size)
+from .memory import dense_memory
 
 
 @dataclass(frozen=True, slots=True)

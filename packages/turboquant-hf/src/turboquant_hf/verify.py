@@ -93,18 +93,28 @@ def _steps(vocabulary: int, device: torch.device) -> list[tuple[Tensor, Tensor]]
     return [(ids[:, stop - width : stop], mask[:, :stop]) for width, stop in zip(widths, stops, strict=True)]
 
 
-def _logits(model: PreTrainedModel, cache: DynamicCache, steps: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Logits ``[2, tokens after the prompt, vocabulary]``; positions count from the first real token."""
+@torch.no_grad()
+def run_steps(model: PreTrainedModel, cache: DynamicCache) -> Tensor:
+    """Run a left-padded prompt, single tokens and a step of several over ``cache``.
+
+    Returns:
+        Logits float32 ``[2, tokens after the prompt, vocabulary]``.
+    """
+    training = model.training
+    model.eval()
     rows = []
-    for ids, mask in steps:
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        arguments: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}
-        out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, **arguments)
-        rows.append(out.logits)
+    try:
+        for ids, mask in _steps(model.config.get_text_config(decoder=True).vocab_size, model.device):
+            # Positions count from the first real token.
+            position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            arguments: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}
+            out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, **arguments)
+            rows.append(out.logits)
+    finally:
+        model.train(training)
     return torch.cat(rows[1:], dim=1).float()
 
 
-@torch.no_grad()
 def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCache]) -> Verification:
     """Check the wiring, and measure quality: padded batch, prompt, single steps, a step of several tokens over a past.
 
@@ -115,16 +125,10 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
     Raises:
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors.
     """
-    training = model.training
-    model.eval()
-    try:
-        steps = _steps(model.config.get_text_config().vocab_size, model.device)
-        cache = make_cache()
-        probes = probe_layers(cache)
-        packed = _logits(model, cache, steps)
-        expected = _logits(model, decoded_twin(make_cache(), model.config), steps)
-    finally:
-        model.train(training)
+    cache = make_cache()
+    probes = probe_layers(cache)
+    packed = run_steps(model, cache)
+    expected = run_steps(model, decoded_twin(make_cache(), model.config))
     error = float((packed - expected).abs().max() / expected.square().mean().sqrt())
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if not error <= tolerance:

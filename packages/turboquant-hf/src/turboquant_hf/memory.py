@@ -1,0 +1,57 @@
+"""True bytes of a cache, against its dtype and against 16 bits a coordinate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant_core import MemoryFigures
+
+from .layer import TurboQuantLayer
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMemory(MemoryFigures):
+    """Bytes of a whole cache, packed layers and others; ``stored``, ``allocated`` and ``uncompressed`` as in core.
+
+    Attributes:
+        bf16: bytes that the same tokens take in bf16, whatever dtype the model runs in.
+    """
+
+    bf16: int
+
+    @property
+    def bf16_ratio(self) -> float:
+        """``bf16 / stored``; 1.0 for an empty cache."""
+        return self.bf16 / self.stored if self.stored else 1.0
+
+    @classmethod
+    def of(cls, layers: list[Any]) -> CacheMemory:
+        """Sum over the layers of a cache."""
+        total, bf16 = MemoryFigures(0, 0, 0), 0
+        for layer in layers:
+            figures = layer.memory() if isinstance(layer, TurboQuantLayer) else dense_memory(layer)
+            total += figures
+            bf16 += figures.uncompressed * torch.bfloat16.itemsize // _itemsize(layer)
+        return cls(total.stored, total.allocated, total.uncompressed, bf16)
+
+
+def dense_memory(layer: Any) -> MemoryFigures:
+    """Bytes of a layer that Transformers keeps: its keys and values, compared with themselves."""
+    size = sum(tensor.nbytes for tensor in _kept(layer))
+    return MemoryFigures(size, size, size)
+
+
+def _kept(layer: Any) -> list[Tensor]:
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _itemsize(layer: Any) -> int:
+    """Bytes of a coordinate in the dtype of the layer."""
+    if isinstance(layer, TurboQuantLayer):
+        return layer.dtype.itemsize if layer.is_initialized else torch.bfloat16.itemsize
+    return max((tensor.itemsize for tensor in _kept(layer)), default=torch.bfloat16.itemsize)
