@@ -179,3 +179,11 @@ def test_patched_model_with_a_stock_cache(model: Any, prompt: torch.Tensor) -> N
     unpatch_model(model)
     unpatch_model(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=str)
+def test_untouched_model_with_padding(model: Any, padded: dict[str, torch.Tensor], mode: dict[str, Any]) -> None:
+    packed, twin = caches(model)
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    expected = generate(model, ids, twin, attention_mask=mask, **mode)
+    assert torch.equal(generate(model, ids, packed, attention_mask=mask, **mode), expected)
