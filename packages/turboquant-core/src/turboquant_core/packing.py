@@ -61,11 +61,10 @@ def _pack_4bit_int8(codes: Tensor) -> Tensor:
 
 
 def _unpack_4bit_int8(row: Tensor) -> Tensor:
-    byte_shifts = torch.arange(0, 32, 8, device=row.device)
-    word = (row.reshape(*row.shape[:-1], row.shape[-1] // 4, 4).to(torch.int64) << byte_shifts).sum(-1, keepdim=True)
-    magnitude = (word >> torch.arange(0, 32, 4, device=row.device)) & 7
-    negative = (word >> torch.tensor(_SIGN_SHIFTS, device=row.device)) & 1
-    return torch.where(negative == 1, 7 - magnitude, 8 + magnitude).to(torch.uint8).flatten(-2)
+    words = row.reshape(*row.shape[:-1], row.shape[-1] // 4, 4)
+    magnitude = torch.stack((words & 7, (words >> 4) & 7), dim=-1).flatten(-2)
+    negative = torch.cat((words >> 7, (words >> 3) & 1), dim=-1)
+    return torch.where(negative == 1, 7 - magnitude, 8 + magnitude).flatten(-2)
 
 
 def pack_codes(codes: Tensor, layout: VectorLayout) -> Tensor:
