@@ -154,3 +154,11 @@ def test_another_layout_version_is_refused() -> None:
     assert reason == "layout version 2, this provider implements 1"
     with pytest.raises(LayoutError, match="version 2"):
         PageLayout(replace(LAYOUT.key, version=2), LAYOUT.value, page_size=16, kv_heads=2)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}])
+def test_centred_keys_refuse_what_sees_the_shift(pages: torch.Tensor, option: dict[str, Any]) -> None:
+    codec = CacheCodec.create(LAYOUT, center=torch.zeros(2, 64))
+    table, lengths = torch.tensor([[0]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        PROVIDER.attend(torch.zeros(1, 4, 64), pages, table, lengths, codec, scaling=0.1, **option)

@@ -155,3 +155,13 @@ class CacheCodec:
     def to(self, device: torch.device | str) -> CacheCodec:
         """The same codecs with their tensors on ``device``."""
         return replace(self, key=self.key.to(device), value=None if self.value is None else self.value.to(device))
+
+
+def check_center(codec: CacheCodec, softcap: float | None, sinks: Tensor | None) -> None:
+    """Raise ``ValueError`` for centred keys with a soft-cap or sinks.
+
+    A centre shifts every score of a row by the same constant. Softmax does not see it; both of these do.
+    """
+    if codec.key.center is not None and (softcap is not None or sinks is not None):
+        name = "softcap" if softcap is not None else "sinks"
+        raise ValueError(f"attention with {name} does not work over centred keys: store them without a center")

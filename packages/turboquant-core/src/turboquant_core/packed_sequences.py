@@ -47,7 +47,7 @@ def token_major(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedPast:
-    """What the pages hold at one moment; later appends and growth do not change it.
+    """What the pages hold at one moment; later appends and growth do not change it, a crop with an append does.
 
     Attributes:
         pages: uint8 ``codec.layout.pages_shape(num_pages)``.

@@ -27,7 +27,7 @@ class Packed(NamedTuple):
 class Attended(NamedTuple):
     """Attention result: ``out`` ``[tokens, q_heads, value_head_dim]`` in the query's dtype and ``lse`` float32
     ``[tokens, q_heads]``, the natural logarithm of the softmax denominator (attention sinks included), ``-inf``
-    where a query sees no key.
+    where it has no term: a query that sees no key, without a sink.
     """
 
     out: Tensor
@@ -145,6 +145,9 @@ class KernelProvider(Protocol):
             sinks: float ``[q_heads]``, logits that only enlarge the softmax denominator.
             out: written and returned when given: ``[tokens, q_heads, value_head_dim]``, the query's dtype.
             workspace: uint8 scratch of at least :meth:`workspace_bytes`; allocated when None.
+
+        Raises:
+            ValueError: arguments do not fit one another, or keys are centred and ``softcap`` or ``sinks`` is given.
         """
         ...
 

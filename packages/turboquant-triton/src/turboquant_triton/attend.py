@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turboquant_core import Attended, CacheCodec, KernelRequest, PageLayout, RawLayout
+from turboquant_core.codec import check_center
 
 from .checks import check_attend
 from .device import hadamard_fp16, has_dependent_launch, multiprocessors
@@ -70,6 +71,7 @@ def attend(
         ValueError: shapes or dtypes do not fit, or the workspace is too small.
     """
     check_attend(query, pages, block_table, seq_lens, codec.layout, options.window, options.softcap, sinks, out)
+    check_center(codec, options.softcap, sinks)
     layout = codec.layout
     config = config_for(layout, permute)
     shape = AttendShape.of(layout, query, seq_lens, query_start_loc is not None, permute)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codec import CacheCodec
+from ..codec import CacheCodec, check_center
 from ..provider import Attended
 from ..rotation import rotate, unrotate
 from .pages import check_pages, gather
@@ -44,6 +44,8 @@ def attend(
     out.zero_()
     lse = query.new_full(shape[:2], -torch.inf, dtype=torch.float32)
     for row, ((first, last), seq_len) in enumerate(zip(bounds, seq_lens.tolist(), strict=True)):
+        if seq_len == 0 and options.sinks is not None:
+            lse[first:last] = options.sinks
         if seq_len == 0 or first == last:
             continue
         visible = _visible(last - first, seq_len, starts[row], options.window, query.device)
@@ -56,11 +58,12 @@ def _attend_sequence(
     query: Tensor, pages: Tensor, block_row: Tensor, codec: CacheCodec, options: ScoreOptions, visible: Tensor
 ) -> Attended:
     seq_len = visible.shape[1]
-    raw_dtype = query.dtype if codec.value is None else torch.float32
-    keys, values = gather(pages, block_row, codec, start=0, stop=seq_len, dtype=raw_dtype, rotated=True)
+    keys, values = gather(
+        pages, block_row, codec, start=0, stop=seq_len, dtype=torch.float32, rotated=True, raw_dtype=query.dtype
+    )
     group = query.shape[1] // codec.layout.kv_heads
     rotated = rotate(query.to(torch.float32), codec.key.signs).transpose(0, 1).unflatten(0, (-1, group))
-    scores = options.scaling * (rotated @ keys[0].float().transpose(-1, -2).unsqueeze(1))
+    scores = options.scaling * (rotated @ keys[0].transpose(-1, -2).unsqueeze(1))
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -68,7 +71,7 @@ def _attend_sequence(
     weights = torch.where(visible, torch.exp(scores - lse.unsqueeze(-1)), torch.zeros_like(scores))
     # Unseen tokens may be uninitialised bytes whose scale is NaN; 0 * NaN would reach the output.
     seen = visible.any(0).view(-1, 1)
-    output = weights @ torch.where(seen, values[0].float(), torch.zeros((), device=query.device)).unsqueeze(1)
+    output = weights @ torch.where(seen, values[0], torch.zeros((), device=query.device)).unsqueeze(1)
     if codec.value is not None:
         output = unrotate(output, codec.value.signs)
     return Attended(output.flatten(0, 1).transpose(0, 1), lse.flatten(0, 1).transpose(0, 1))
@@ -124,6 +127,7 @@ def _check(
 ) -> None:
     layout = codec.layout
     check_pages(pages, layout)
+    check_center(codec, options.softcap, options.sinks)
     if query.dim() != 3 or query.shape[2] != layout.key.head_dim or query.shape[1] % layout.kv_heads:
         raise ValueError(
             f"query has shape {tuple(query.shape)}; it must be [tokens, q_heads (a multiple of {layout.kv_heads}), "

@@ -92,8 +92,9 @@ def gather(
     stop: int,
     dtype: torch.dtype,
     rotated: bool,
+    raw_dtype: torch.dtype | None = None,
 ) -> Gathered:
-    """Reference of :meth:`KernelProvider.gather`."""
+    """Reference of :meth:`KernelProvider.gather`; raw values were stored as ``raw_dtype`` (None: as ``dtype``)."""
     limit = block_table.shape[1] * codec.layout.page_size
     if not 0 <= start <= stop <= limit:
         raise ValueError(f"token range {start}..{stop} does not lie in the 0..{limit} tokens of the block table")
@@ -104,7 +105,7 @@ def gather(
     keys = Packed(key_fields.codes[page, :, offset], key_fields.scales[page, :, offset])
     values = value_fields.codes[page, :, offset]
     if codec.value is None:
-        decoded = values.view(_raw_dtype(dtype, codec.layout)).to(dtype)
+        decoded = values.view(_raw_dtype(raw_dtype or dtype, codec.layout)).to(dtype)
     else:
         decoded = _decode(Packed(values, value_fields.scales[page, :, offset]), codec.value, dtype, rotated)
     return Gathered(_decode(keys, codec.key, dtype, rotated).transpose(1, 2), decoded.transpose(1, 2))
