@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 
-from turboquant_core import ProdTensor, TurboQuantProd, lloyd_max
+from turboquant_core import LayoutError, ProdTensor, TurboQuantProd, lloyd_max
+from turboquant_core.prod import gaussian_projection
+
+PAPER = {1: 1.57, 2: 0.56, 3: 0.18, 4: 0.047}
+"""D_prod times d as the paper prints it (Theorem 2)."""
 
 
 def distortion_times_dim(bits: int, head_dim: int) -> float:
@@ -43,6 +47,9 @@ def test_distortion_of_the_paper(bits: int) -> None:
         quantizer = TurboQuantProd(head_dim, bits, seed=seed)
         distortion += (quantizer.inner_product(y, quantizer.encode(x)) - y @ x.T).square().mean() / 4
     assert float(distortion) * head_dim == pytest.approx(distortion_times_dim(bits, head_dim), rel=0.06)
+    # The paper rounds D_mse down before it multiplies by pi / 2: 13 % at 4 bits.
+    assert float(distortion) * head_dim == pytest.approx(PAPER[bits], rel=0.15)
+    assert distortion <= math.sqrt(3) * math.pi**2 / head_dim * 4.0**-bits
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -52,18 +59,45 @@ def test_bytes_and_decode(bits: int) -> None:
     packed = quantizer.encode(x)
     assert packed.nbytes == 15 * (96 * bits // 8 + 8)
     query = torch.randn(3, 2, 96, generator=torch.Generator().manual_seed(4))
-    expected = query @ quantizer.decode(packed).transpose(-1, -2)
-    torch.testing.assert_close(quantizer.inner_product(query, packed), expected)
+    # inner_product never decodes: it rotates and projects the query.
+    expected = query.double() @ quantizer.decode(packed).double().transpose(-1, -2)
+    torch.testing.assert_close(quantizer.inner_product(query, packed).double(), expected, rtol=1e-5, atol=1e-3)
     again = TurboQuantProd(96, bits).encode(x)
     for name in ("codes", "signs", "norm", "residual"):
         assert torch.equal(getattr(packed, name), getattr(again, name))
 
 
-def test_zero_vector() -> None:
-    quantizer = TurboQuantProd(64, 3)
-    packed = quantizer.encode(torch.zeros(2, 64))
+def test_projection_is_the_written_recurrence() -> None:
+    projection = gaussian_projection(64, 42)
+    # Philox 4x64-10 with the key 42 begins with 15129985323320379406 and 3490965594592278910.
+    outputs = torch.tensor([15129985323320379406 >> 11, 3490965594592278910 >> 11], dtype=torch.float64)
+    expected = torch.special.ndtri((outputs + 0.5) * 2.0**-53).float()
+    torch.testing.assert_close(projection[0, :2], expected)
+    assert abs(float(projection.mean())) < 4 / 64
+    assert float(projection.var()) == pytest.approx(1, abs=4 * math.sqrt(2) / 64)
+    assert not torch.equal(projection, gaussian_projection(64, 43))
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_zero_and_nonfinite_vectors(bits: int) -> None:
+    quantizer = TurboQuantProd(64, bits)
+    x = unit_vectors(4, 64, 5)
+    x[0], x[1, 3], x[2, 7] = 0, math.nan, math.inf
+    packed = quantizer.encode(x)
     assert isinstance(packed, ProdTensor)
-    assert not quantizer.decode(packed).any()
+    decoded, scores = quantizer.decode(packed), quantizer.inner_product(x[3:], packed)[0]
+    assert not decoded[0].any()
+    assert decoded[1:3].isnan().all()
+    assert float(scores[0]) == 0
+    assert scores[1:3].isnan().all()
+    torch.testing.assert_close(decoded[3:], quantizer.decode(quantizer.encode(x[3:])))
+
+
+def test_no_vectors() -> None:
+    quantizer = TurboQuantProd(64, 1)
+    packed = quantizer.encode(torch.zeros(0, 64))
+    assert packed.nbytes == 0
+    assert quantizer.inner_product(torch.zeros(2, 64), packed).shape == (2, 0)
 
 
 @pytest.mark.parametrize("bits", [0, 5])
@@ -82,3 +116,16 @@ def test_bad_input() -> None:
         quantizer.inner_product(torch.zeros(1, 8), quantizer.encode(torch.zeros(1, 64)))
     with pytest.raises(ValueError, match="head_dim is 20"):
         TurboQuantProd(20, 2)
+    with pytest.raises(LayoutError, match="head_dim is 2048"):
+        TurboQuantProd(2048, 2)
+    with pytest.raises(ValueError, match="seed is -1"):
+        TurboQuantProd(64, 2, seed=-1)
+
+
+@pytest.mark.parametrize("other", [TurboQuantProd(64, 3), TurboQuantProd(32, 2)])
+def test_vectors_of_another_quantizer(other: TurboQuantProd) -> None:
+    packed = other.encode(torch.zeros(1, other.head_dim))
+    with pytest.raises(ValueError, match="head_dim 64 and 2 bits"):
+        TurboQuantProd(64, 2).decode(packed)
+    with pytest.raises(ValueError, match="head_dim 64 and 2 bits"):
+        TurboQuantProd(64, 2).inner_product(torch.zeros(1, 64), packed)

@@ -12,12 +12,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from .codebook import lloyd_max
 from .rotation import rotate, rotation_signs, unrotate
 
 PROD_BITS = (1, 2, 3, 4)
+
+
+def gaussian_projection(head_dim: int, seed: int) -> Tensor:
+    """The matrix ``S`` of independent N(0, 1) entries (Algorithm 2): float32 ``[head_dim, head_dim]``, row-major.
+
+    Entry ``i`` is the normal quantile of ``(u_i + 1/2) / 2**53``, ``u_i`` the top 53 bits of output ``i`` of
+    Philox 4x64-10 with the key ``seed``: NumPy keeps the outputs of a bit generator, not those of its ``normal``.
+    """
+    outputs = np.random.Philox(key=seed).random_raw(head_dim * head_dim) >> np.uint64(11)
+    normal = ndtri((outputs.astype(np.float64) + 0.5) * 2.0**-53)
+    return torch.from_numpy(normal.reshape(head_dim, head_dim).astype(np.float32))
 
 
 def _pack_bits(planes: Tensor) -> Tensor:
@@ -60,13 +72,12 @@ class TurboQuantProd:
     Args:
         head_dim: coordinates of a vector, a multiple of 8 with a known Hadamard matrix.
         bits: 1 to 4; one of them is the residual's sign.
-        seed: of the rotation, and of the Gaussian matrix (NumPy's Philox generator, whose stream is fixed by its
-            definition).
+        seed: of the rotation and of the Gaussian matrix, in [0, 2**64).
         device: where the tensors live.
 
     Raises:
         LayoutError: no Hadamard matrix of order ``head_dim`` is known.
-        ValueError: ``bits`` is outside 1 to 4, or ``head_dim`` no multiple of 8.
+        ValueError: ``bits`` is outside 1 to 4, ``head_dim`` no multiple of 8, or ``seed`` out of range.
     """
 
     def __init__(self, head_dim: int, bits: int, seed: int = 42, device: torch.device | str = "cpu") -> None:
@@ -76,15 +87,16 @@ class TurboQuantProd:
             raise ValueError(f"head_dim is {head_dim}; it must be a multiple of 8")
         self.head_dim, self.bits, self.seed = head_dim, bits, seed
         self._rotation = rotation_signs(head_dim, seed=seed, device=device)
-        normal = np.random.Generator(np.random.Philox(seed)).standard_normal((head_dim, head_dim))
-        self._projection = torch.from_numpy(normal).to(device=device, dtype=torch.float32)
+        self._projection = gaussian_projection(head_dim, seed).to(device)
         levels, boundaries = (torch.zeros(1), torch.zeros(0))
         if bits > 1:
             levels, boundaries = lloyd_max(bits - 1, head_dim).tensors(device)
         self._levels, self._boundaries = levels.to(device), boundaries.to(device)
 
     def encode(self, x: Tensor) -> ProdTensor:
-        """Compress float ``[..., head_dim]``; a zero vector gets norm 0.
+        """Compress float ``[..., head_dim]``.
+
+        A zero vector decodes to zeros; one with a NaN or infinite coordinate decodes to NaN and affects no other.
 
         Raises:
             ValueError: ``x`` is not floating-point or has another last dimension.
@@ -106,28 +118,57 @@ class TurboQuantProd:
         )
 
     def decode(self, packed: ProdTensor) -> Tensor:
-        """The vector ``[..., head_dim]`` whose inner products are the unbiased estimates."""
-        planes = _unpack_bits(packed.codes).unflatten(-1, (self.bits - 1, self.head_dim)).long()
-        shifts = torch.arange(self.bits - 1, device=planes.device).unsqueeze(-1)
-        stage_one = self._stage_one((planes << shifts).sum(-2))
-        signs = _unpack_bits(packed.signs).to(torch.float32) * 2 - 1
-        correction = (
-            (math.sqrt(math.pi / 2) / self.head_dim) * packed.residual.unsqueeze(-1) * (signs @ self._projection)
-        )
+        """The float32 vectors ``[..., head_dim]`` whose inner products are the unbiased estimates.
+
+        Raises:
+            ValueError: ``packed`` has another ``head_dim`` or ``bits``.
+        """
+        stage_one = self._stage_one(self._codes(packed))
+        correction = self._residual_scale(packed).unsqueeze(-1) * (self._residual_signs(packed) @ self._projection)
         return packed.norm.unsqueeze(-1) * (stage_one + correction)
 
     def inner_product(self, query: Tensor, packed: ProdTensor) -> Tensor:
         """Unbiased estimate of ``<query, x>``: float32 ``[..., queries, vectors]``.
+
+        Rotates and projects each query once, so that no vector is rotated back:
+        ``<q, x_mse> + sqrt(pi / 2) / d * |r| * <S q, sign(S r)>`` (Algorithm 2).
 
         Args:
             query: float ``[..., queries, head_dim]``.
             packed: vectors ``[..., vectors]``.
 
         Raises:
-            ValueError: ``query`` is not floating-point or has another last dimension.
+            ValueError: ``query`` is not floating-point or has another last dimension; ``packed`` has another
+                ``head_dim`` or ``bits``.
         """
         self._check(query, "query")
-        return query.to(torch.float32) @ self.decode(packed).transpose(-1, -2)
+        query = query.to(torch.float32)
+        levels = self._levels[self._codes(packed)] / math.sqrt(self.head_dim)
+        stage_one = rotate(query, self._rotation) @ levels.transpose(-1, -2)
+        correction = (query @ self._projection.T) @ self._residual_signs(packed).transpose(-1, -2)
+        return packed.norm.unsqueeze(-2) * (stage_one + self._residual_scale(packed).unsqueeze(-2) * correction)
+
+    def _codes(self, packed: ProdTensor) -> Tensor:
+        """int64 ``[..., head_dim]``."""
+        stored = (packed.codes.shape[-1], packed.signs.shape[-1])
+        plane_bytes = self.head_dim // 8
+        if stored != ((self.bits - 1) * plane_bytes, plane_bytes):
+            raise ValueError(
+                f"packed holds {stored[0]} bytes of codes and {stored[1]} of signs a vector; this quantizer with"
+                f" head_dim {self.head_dim} and {self.bits} bits reads only what a like one encoded"
+            )
+        planes = _unpack_bits(packed.codes).unflatten(-1, (self.bits - 1, self.head_dim)).long()
+        shifts = torch.arange(self.bits - 1, device=planes.device).unsqueeze(-1)
+        codes: Tensor = (planes << shifts).sum(-2)
+        return codes
+
+    def _residual_scale(self, packed: ProdTensor) -> Tensor:
+        return packed.residual * (math.sqrt(math.pi / 2) / self.head_dim)
+
+    @staticmethod
+    def _residual_signs(packed: ProdTensor) -> Tensor:
+        """+-1, float32 ``[..., head_dim]``."""
+        return _unpack_bits(packed.signs).to(torch.float32) * 2 - 1
 
     def _stage_one(self, codes: Tensor) -> Tensor:
         return unrotate(self._levels[codes] / math.sqrt(self.head_dim), self._rotation)
