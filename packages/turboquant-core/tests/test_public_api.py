@@ -12,7 +12,8 @@ PUBLIC = """
 LAYOUT_VERSION Attended CacheCodec Codebook Codec CompressedTensor Gathered KernelProvider KernelRequest LayoutError
 MemoryFigures Packed PackedPast PackedSequences PageLayout ProdTensor ProviderError RawLayout ReferenceProvider
 TurboQuantError TurboQuantKVCache TurboQuantMSE TurboQuantProd VectorLayout __version__ available_providers
-format_codebook lloyd_max load_provider pack_codes rotate rotation_signs select_provider unpack_codes unrotate
+format_codebook lloyd_max load_provider merge_attended pack_codes rotate rotation_signs select_provider unpack_codes
+unrotate
 """
 
 

@@ -15,6 +15,7 @@ from .codec import CacheCodec, Codec
 from .errors import LayoutError, ProviderError, TurboQuantError
 from .kv_cache import TurboQuantKVCache
 from .layout import LAYOUT_VERSION, PageLayout, RawLayout, VectorLayout
+from .merge import merge_attended
 from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
 from .packing import pack_codes, unpack_codes
 from .prod import ProdTensor, TurboQuantProd
@@ -54,6 +55,7 @@ __all__ = [
     "format_codebook",
     "lloyd_max",
     "load_provider",
+    "merge_attended",
     "pack_codes",
     "rotate",
     "rotation_signs",
