@@ -48,6 +48,8 @@ NEEDS = {
     "hf": ("core", "triton", "hf"),
     "vllm": ("core", "triton", "vllm"),
 }
+# One process a core: each runs long on NumPy or on one thread of torch.
+PARALLEL = ("-n", "auto")
 TEST_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -113,6 +115,11 @@ def pytest(session: nox.Session, *paths: str) -> None:
     session.run("python", "-m", "pytest", *paths, *session.posargs, env=TEST_ENVIRONMENT)
 
 
+def discard_environment(session: nox.Session) -> None:
+    """Free the gigabyte or two of an environment that the next run makes anew anyway."""
+    shutil.rmtree(session.virtualenv.location)
+
+
 @nox.session(default=False)
 def dev(session: nox.Session) -> None:
     """Make .nox/dev: the four packages editable, with every tool."""
@@ -140,7 +147,7 @@ def tests_core(session: nox.Session) -> None:
     run_in_dev(session, "-m", "pytest", f"{folder('core')}/tests", *session.posargs)
 
 
-@nox.session(name="tests-core-minimums", default=False)
+@nox.session(name="tests-core-minimums", default=False, reuse_venv=False)
 def tests_core_minimums(session: nox.Session) -> None:
     """The tests of core with the lowest versions that it declares."""
     constraints = Path("constraints-minimums.txt")
@@ -151,12 +158,14 @@ def tests_core_minimums(session: nox.Session) -> None:
         constraints.write_text(text)
     install(session, "-e", f"{folder('core')}[testing]", constraints=constraints)
     pytest(session, f"{folder('core')}/tests")
+    discard_environment(session)
 
 
 @nox.session(name="tests-triton", venv_backend="none", requires=["dev"])
 def tests_triton(session: nox.Session) -> None:
     """The Triton kernels on a CPU, through Triton's interpreter."""
-    run_in_dev(session, "-m", "pytest", f"{folder('triton')}/tests", *session.posargs, TRITON_INTERPRET="1")
+    tests = f"{folder('triton')}/tests"
+    run_in_dev(session, "-m", "pytest", *PARALLEL, tests, *session.posargs, TRITON_INTERPRET="1")
 
 
 @nox.session(name="tests-hf")
@@ -196,6 +205,7 @@ def integration(session: nox.Session) -> None:
     others = [wheel(package) for package in NEEDS if package != "core"]
     install(session, core, *others, "./tests-integration/third-party-provider", *group("test"), *triton())
     pytest(session, "tests-integration")
+    discard_environment(session)
 
 
 @nox.session(requires=["build"], reuse_venv=False)
@@ -204,6 +214,7 @@ def smoke(session: nox.Session, package: str) -> None:
     """One package from its wheel in an environment that holds nothing else: import, entry points, one call."""
     install(session, *(wheel(needed) for needed in NEEDS[package]))
     session.run("python", "-I", "tools/smoke.py", package, env=TEST_ENVIRONMENT)
+    discard_environment(session)
 
 
 @nox.session
