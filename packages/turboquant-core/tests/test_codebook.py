@@ -19,7 +19,7 @@ from turboquant_core.codebook.density import Float64, Gaussian, coordinate_densi
 from turboquant_core.codebook.generate import HEAD_DIMS, dump, solve_all
 from turboquant_core.codebook.lloyd import centroid_residual, solve
 from turboquant_core.codebook.optimise import CUBIC_C, best_step, optimise, optimise_cubic
-from turboquant_core.layout import BITS, FORMS, Form
+from turboquant_core.layout import FORMS, WIDTHS, Form
 
 # From the centroid condition solved in 40-digit arithmetic with the complementary error function.
 GAUSSIAN_MSE = {
@@ -192,7 +192,7 @@ def test_format_costs_little_over_lloyd_max(form: Form, bits: int, percent: floa
 def test_format_constants_are_the_reoptimised_ones() -> None:
     recomputed = optimise()
     for form in FORMS:
-        for bits in BITS:
+        for bits in WIDTHS:
             shipped, found = format_constants(form, bits), recomputed[form][str(bits)]
             if isinstance(shipped, Int8Levels):
                 assert list(shipped.q) == found["q"]
@@ -201,7 +201,7 @@ def test_format_constants_are_the_reoptimised_ones() -> None:
             assert shipped.step == pytest.approx(found["step"], rel=1e-7)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("form", FORMS)
 def test_no_other_step_is_better(form: Form, bits: int) -> None:
     constants = format_constants(form, bits)
@@ -212,7 +212,7 @@ def test_no_other_step_is_better(form: Form, bits: int) -> None:
     assert best_step((levels / constants.step).tolist(), constants.step) == pytest.approx(constants.step, rel=1e-7)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_no_other_c_saves_more_than_a_twenty_thousandth(bits: int) -> None:
     errors = [
         mean_squared_error(optimise_cubic(bits, CUBIC_C[bits] + k / 4).levels(), Gaussian()) for k in range(-16, 17)
@@ -226,7 +226,7 @@ def test_cubic_c_is_exact_in_half_precision(c: float) -> None:
 
 
 def test_int8_levels_are_bytes() -> None:
-    for bits in BITS:
+    for bits in WIDTHS:
         constants = format_constants("int8", bits)
         assert isinstance(constants, Int8Levels)
         assert list(constants.q) == sorted(set(constants.q))

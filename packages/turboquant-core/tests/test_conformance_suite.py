@@ -115,6 +115,6 @@ def test_wrong_bytes_are_caught() -> None:
     with pytest.raises(AssertionError):
         suite.test_golden_bytes(OneCodeWrong(), 64, 4, "cubic")
     with pytest.raises(AssertionError):
-        suite.test_encode_equals_the_reference(OneCodeWrong(), 64, "norm")
+        suite.test_encode_equals_the_reference(OneCodeWrong(), 64, (2.5, 4), "norm")
     with pytest.raises(AssertionError):
         suite.test_gather_equals_float64(ReadsUnwrittenValues(), 64, (4, 4))

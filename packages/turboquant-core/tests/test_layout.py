@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from turboquant_core import LayoutError, PageLayout, RawLayout, VectorLayout
 
 
-def page(k_bits: int, v_bits: int, head_dim: int = 128) -> PageLayout:
+def page(k_bits: float, v_bits: float, head_dim: int = 128) -> PageLayout:
     return PageLayout(
         VectorLayout(head_dim, k_bits, "int8"), VectorLayout(head_dim, v_bits, "cubic"), page_size=16, kv_heads=8
     )
 
 
 @pytest.mark.parametrize(
-    ("k_bits", "v_bits", "expected"), [(4, 4, 132), (4, 3, 116), (3, 3, 100), (4, 2, 100), (3, 2, 84), (2, 2, 68)]
+    ("k_bits", "v_bits", "expected"),
+    [(4, 4, 132), (4, 3, 116), (3, 3, 100), (4, 2, 100), (3, 2, 84), (2, 2, 68), (3.5, 3.5, 116), (2.5, 2.5, 84)],
 )
-def test_token_bytes_at_head_dim_128(k_bits: int, v_bits: int, expected: int) -> None:
+def test_token_bytes_at_head_dim_128(k_bits: float, v_bits: float, expected: int) -> None:
     assert page(k_bits, v_bits).token_bytes == expected
+
+
+@pytest.mark.parametrize(("bits", "widths"), [(2.5, (3, 2)), (3.5, (4, 3))])
+def test_fractional_bits_are_two_halves(bits: float, widths: tuple[int, int]) -> None:
+    for head_dim in (16, 64, 112, 576):
+        layout = VectorLayout(head_dim, bits, "int8")
+        assert layout.is_mixed
+        assert layout.parts == tuple(VectorLayout(head_dim // 2, width, "int8") for width in widths)
+        assert layout.code_bytes == sum(part.code_bytes for part in layout.parts) == head_dim * bits / 8
+        with pytest.raises(LayoutError, match="two code widths"):
+            _ = layout.width
+
+
+def test_one_width_is_its_own_part() -> None:
+    layout = VectorLayout(128, 3.0, "int8")
+    assert layout == VectorLayout(128, 3, "int8")
+    assert type(layout.bits) is int
+    assert not layout.is_mixed
+    assert layout.parts == (layout,)
+    assert layout.width == 3
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "expected"),
+    [(128, 4, 16), (128, 3, 16), (128, 2, 16), (64, 3, 8), (128, 2.5, 8), (128, 3.5, 8), (256, 2.5, 16), (80, 3, 2),
+     (112, 2.5, 1), (16, 3.5, 1), (64, 2.5, 4)],
+)  # fmt: skip
+def test_alignment(head_dim: int, bits: float, expected: int) -> None:
+    layout = VectorLayout(head_dim, bits, "cubic")
+    assert layout.alignment == expected
+    starts = [row * layout.code_bytes + part for row in range(9) for part in (0, layout.parts[0].code_bytes)]
+    assert all(start % expected == 0 for start in starts)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 120, 1000])
+def test_halves_that_do_not_pack_are_refused(head_dim: int) -> None:
+    with pytest.raises(LayoutError, match=rf"head_dim is {head_dim}; 2\.5 bits need a multiple of 16"):
+        VectorLayout(head_dim, 2.5, "int8")
 
 
 def test_fields_of_a_chunk_do_not_overlap_and_fill_it() -> None:
@@ -41,9 +82,9 @@ def test_pages_for(tokens: int, pages: int) -> None:
     assert page(4, 4).pages_for(tokens) == pages
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 8])
-def test_other_bits_are_refused(bits: int) -> None:
-    with pytest.raises(LayoutError, match=rf"bits is {bits}"):
+@pytest.mark.parametrize("bits", [0, 1, 5, 8, 2.25, 4.5, float("nan"), True, "4", None])
+def test_other_bits_are_refused(bits: Any) -> None:
+    with pytest.raises(LayoutError, match=rf"bits is {bits!r}; the packed layout has \(2, 2\.5, 3, 3\.5, 4\)"):
         VectorLayout(128, bits, "int8")
 
 

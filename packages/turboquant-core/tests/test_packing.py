@@ -8,12 +8,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboquant_core import VectorLayout, pack_codes, unpack_codes
+from turboquant_core.layout import WIDTHS
 
-LAYOUTS = [VectorLayout(d, b, f) for d in (8, 64, 80, 96, 120) for b in (2, 3, 4) for f in ("int8", "cubic")]
+LAYOUTS = [VectorLayout(d, b, f) for d in (8, 64, 80, 96, 120) for b in WIDTHS for f in ("int8", "cubic")]
+LAYOUTS += [VectorLayout(d, b, f) for d in (16, 64, 112, 128) for b in (2.5, 3.5) for f in ("int8", "cubic")]
+
+
+def random_codes(layout: VectorLayout, lead: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Codes of each coordinate's own width, ``[*lead, head_dim]``."""
+    generator = torch.Generator().manual_seed(seed)
+    halves = [
+        torch.randint(0, 1 << part.width, (*lead, part.head_dim), dtype=torch.uint8, generator=generator)
+        for part in layout.parts
+    ]
+    return torch.cat(halves, dim=-1)
 
 
 def row_bits(codes: list[int], layout: VectorLayout) -> list[int]:
     """The row as bits, from the words of docs/layout.md, one coordinate at a time."""
+    if layout.bits in (2.5, 3.5):
+        half, wide = layout.head_dim // 2, int(layout.bits) + 1
+        first = row_bits(codes[:half], VectorLayout(half, wide, layout.form))
+        return first + row_bits(codes[half:], VectorLayout(half, wide - 1, layout.form))
     d, bits = layout.head_dim, [0] * (layout.code_bytes * 8)
 
     def put(value: int, width: int, at: int) -> None:
@@ -39,7 +55,7 @@ def row_bits(codes: list[int], layout: VectorLayout) -> list[int]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_bit_is_where_the_layout_says(layout: VectorLayout) -> None:
-    codes = torch.randint(0, 1 << layout.bits, (layout.head_dim,), dtype=torch.uint8)
+    codes = random_codes(layout, (), 0)
     row = pack_codes(codes, layout)
     bits = [(int(row[k // 8]) >> (k % 8)) & 1 for k in range(8 * layout.code_bytes)]
     assert bits == row_bits(codes.tolist(), layout)
@@ -47,8 +63,7 @@ def test_every_bit_is_where_the_layout_says(layout: VectorLayout) -> None:
 
 @given(layout=st.sampled_from(LAYOUTS), lead=st.lists(st.integers(0, 3), max_size=3), seed=st.integers(0, 2**31))
 def test_unpack_inverts_pack(layout: VectorLayout, lead: list[int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 1 << layout.bits, (*lead, layout.head_dim), dtype=torch.uint8, generator=generator)
+    codes = random_codes(layout, tuple(lead), seed)
     row = pack_codes(codes, layout)
     assert row.shape == (*lead, layout.code_bytes)
     assert torch.equal(unpack_codes(row, layout), codes)
@@ -64,6 +79,13 @@ def test_pack_inverts_unpack_for_any_bytes(layout: VectorLayout, seed: int) -> N
 def test_codes_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="a code is 8; 3-bit codes end at 7"):
         pack_codes(torch.full((64,), 8, dtype=torch.uint8), VectorLayout(64, 3, "cubic"))
+    codes = torch.full((64,), 7, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="a code is 7; 2-bit codes end at 3"):
+        pack_codes(codes, VectorLayout(64, 2.5, "cubic"))
+    codes[32:] = 3
+    assert torch.equal(
+        unpack_codes(pack_codes(codes, VectorLayout(64, 2.5, "int8")), VectorLayout(64, 2.5, "int8")), codes
+    )
 
 
 def test_wrong_dtype_and_shape_are_refused() -> None:

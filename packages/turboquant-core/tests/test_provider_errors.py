@@ -38,7 +38,7 @@ def pages() -> torch.Tensor:
         ({"head_dim": 60, "bits": 4, "form": "int8"}, "head_dim is 60"),
         ({"head_dim": 2048, "bits": 4, "form": "int8"}, "2048"),
         ({"head_dim": 64, "bits": 5, "form": "int8"}, "bits is 5"),
-        ({"head_dim": 64, "bits": 4.0, "form": "int8"}, "bits is 4.0"),
+        ({"head_dim": 64, "bits": 4.25, "form": "int8"}, "bits is 4.25"),
         ({"head_dim": 64, "bits": 4, "form": "linear"}, "'linear'"),
     ],
 )

@@ -8,13 +8,15 @@ import torch
 from turboquant_core import LayoutError, TurboQuantMSE, format_codebook
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 4])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_error_is_the_codebooks(head_dim: int, bits: int) -> None:
+def test_error_is_the_codebooks(head_dim: int, bits: float) -> None:
     x = torch.randn(800, head_dim, generator=torch.Generator().manual_seed(0)) * 3
     quantizer = TurboQuantMSE(head_dim, bits)
     error = (quantizer.decode(quantizer.encode(x)) - x).square().sum() / x.square().sum()
-    assert float(error) == pytest.approx(format_codebook("cubic", bits).mse, rel=0.1)
+    expected = [format_codebook("cubic", part.width).mse for part in quantizer.codec.layout.parts]
+    assert float(error) == pytest.approx(sum(expected) / len(expected), rel=0.1)
+    assert quantizer.bits == bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

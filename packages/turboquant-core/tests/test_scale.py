@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from turboquant_core import Codec, ReferenceProvider, VectorLayout
+from turboquant_core import Codec, ReferenceProvider, VectorLayout, rotate, unpack_codes
+from turboquant_core.layout import BITS
 from turboquant_core.scale import SCALE_RULES, ScaleRule, check_scale_rule, to_stored, vector_scale
 
 
@@ -51,8 +52,8 @@ def test_each_rule_has_its_property() -> None:
         assert float((z - best * levels).norm()) < float((z - other * levels).norm())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_unbiased_over_rotations(bits: int) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_unbiased_over_rotations(bits: float) -> None:
     x = torch.randn(96, generator=torch.Generator().manual_seed(1))
     query = x + torch.randn(96, generator=torch.Generator().manual_seed(2))
     estimates = []
@@ -62,6 +63,18 @@ def test_unbiased_over_rotations(bits: int) -> None:
         estimates.append(float(query @ ReferenceProvider().decode(packed, codec)))
     mean, deviation = torch.tensor(estimates).double().mean(), torch.tensor(estimates).double().std()
     assert abs(float(mean) - float(query @ x)) < 4 * float(deviation) / math.sqrt(len(estimates))
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.5])
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_rules_over_levels_of_two_widths(rule: ScaleRule, bits: float) -> None:
+    codec = Codec.create(VectorLayout(96, bits, "cubic"), scale_rule=rule)
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(5))
+    packed = ReferenceProvider().encode(x, codec)
+    levels = codec.levels_of(unpack_codes(packed.codes, codec.layout)).double()
+    z = rotate(x.double(), codec.signs)
+    expected = [expected_scale(a, b, rule) for a, b in zip(z, levels, strict=True)]
+    assert packed.scales.tolist() == pytest.approx(expected, rel=1e-3)
 
 
 def test_stored_scale_saturates_and_keeps_nan() -> None:

@@ -15,7 +15,7 @@ from turboquant_hf.compat import CACHE_ARGUMENT
 from .conftest import GQA, build
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 4.0, True, (4,), (4, 5), "4"])
+@pytest.mark.parametrize("bits", [0, 1, 5, 4.25, True, (4,), (4, 5), "4"])
 def test_bits(llama: Any, bits: Any) -> None:
     with pytest.raises(ValueError, match="bits is"):
         patch_model(llama, bits)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .codebook import format_codebook
 from .errors import LayoutError
+from .halves import by_part, joined
 from .layout import PageLayout, RawLayout, VectorLayout
 from .rotation import rotation_signs
 from .scale import ScaleRule, check_scale_rule
@@ -24,8 +25,10 @@ class Codec:
     Attributes:
         layout: where the bytes lie.
         signs: float32 ``[head_dim]``, +-1, the random diagonal of the rotation.
-        levels: float32 ``[2**bits]``, ascending, for a coordinate of unit variance.
+        levels: float32 ``[2**bits]``, ascending, for a coordinate of unit variance; with fractional bits those of the
+            first half's width and behind them those of the second's (see :attr:`tables`).
         boundaries: float32 ``[2**bits - 1]``, midpoints of the levels; a coordinate on a boundary takes the lower code.
+            With fractional bits the two widths' one after the other, too.
         scale_rule: how the stored scale is chosen (:mod:`turboquant_core.scale`).
         center: float32 ``[kv_heads, head_dim]`` subtracted before the rotation, or None. Softmax does not
             change when every key of a row loses the same vector, so attention never adds it back.
@@ -65,13 +68,12 @@ class Codec:
         """
         check_scale_rule(scale_rule)
         _check_center(center, layout.head_dim)
-        codebook = format_codebook(layout.form, layout.bits)
-        levels, boundaries = codebook.tensors(device)
+        tables = [format_codebook(layout.form, part.width).tensors(device) for part in layout.parts]
         return cls(
             layout=layout,
             signs=rotation_signs(layout.head_dim, seed=seed, stream=stream, device=device),
-            levels=levels,
-            boundaries=boundaries,
+            levels=torch.cat([levels for levels, _ in tables]),
+            boundaries=torch.cat([boundaries for _, boundaries in tables]),
             scale_rule=scale_rule,
             center=None if center is None else center.to(device=device, dtype=torch.float32),
         )
@@ -80,6 +82,22 @@ class Codec:
     def device(self) -> torch.device:
         """Device of the codec's tensors."""
         return self.signs.device
+
+    @property
+    def tables(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Levels and boundaries of each part of the layout: one pair, or two with fractional bits."""
+        sizes = [1 << part.width for part in self.layout.parts]
+        return tuple(zip(self.levels.split(sizes), self.boundaries.split([n - 1 for n in sizes]), strict=True))
+
+    def nearest_codes(self, unit: Tensor) -> Tensor:
+        """Code of the nearest level: float ``[..., head_dim]`` of unit variance to uint8 of the same shape."""
+        parts = zip(by_part(unit, self.layout), self.tables, strict=True)
+        return joined([torch.bucketize(own.contiguous(), bounds).to(torch.uint8) for own, (_, bounds) in parts])
+
+    def levels_of(self, codes: Tensor) -> Tensor:
+        """Level of each code: uint8 ``[..., head_dim]`` to float32 of the same shape."""
+        parts = zip(by_part(codes, self.layout), self.tables, strict=True)
+        return joined([levels[own.long()] for own, (levels, _) in parts])
 
     def to(self, device: torch.device | str) -> Codec:
         """The same codec with its tensors on ``device``."""

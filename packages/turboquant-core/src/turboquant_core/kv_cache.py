@@ -19,7 +19,7 @@ class TurboQuantKVCache:
         batch: sequences.
         kv_heads: KV heads.
         head_dim: coordinates of a key and of a value.
-        bits: 2, 3 or 4, or a pair (keys, values).
+        bits: 2, 2.5, 3, 3.5 or 4, or a pair (keys, values).
         seed: rotation seed.
         page_size: tokens of a page, a multiple of 16.
         dtype: dtype of keys and values handed in and back.
@@ -37,7 +37,7 @@ class TurboQuantKVCache:
         batch: int,
         kv_heads: int,
         head_dim: int,
-        bits: int | tuple[int, int] = 4,
+        bits: float | tuple[float, float] = 4,
         *,
         seed: int = 42,
         page_size: int = 16,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -10,23 +11,39 @@ from .errors import LayoutError
 LAYOUT_VERSION = 1
 """Changes whenever the same vector and codec give different bytes."""
 
-BITS = (2, 3, 4)
+WIDTHS = (2, 3, 4)
+"""Code widths: those that have a codebook."""
+BITS: tuple[float, ...] = (2, 2.5, 3, 3.5, 4)
+"""Bits of a coordinate, on average; 2.5 and 3.5 give half of the coordinates one bit more than the others."""
+
 SCALE_BYTES = 2
 PAGE_SIZE_MULTIPLE = 16
 HEAD_DIM_MULTIPLE = 8
 MAX_HEAD_DIM = 1024
+WIDEST_ALIGNMENT = 16
 
 Form: TypeAlias = Literal["int8", "cubic"]
 """How levels are produced at read time: ``int8`` (byte lookup, keys), ``cubic`` (half polynomial, values)."""
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
-def _check_head_dim(head_dim: int, multiple: int) -> None:
-    if head_dim % multiple or not multiple <= head_dim <= MAX_HEAD_DIM:
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim % HEAD_DIM_MULTIPLE or not HEAD_DIM_MULTIPLE <= head_dim <= MAX_HEAD_DIM:
         raise LayoutError(
-            f"head_dim is {head_dim}; the layout packs multiples of {multiple} up to {MAX_HEAD_DIM}: "
+            f"head_dim is {head_dim}; the layout packs multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}: "
             "keep layers of other sizes uncompressed"
         )
+
+
+def check_bits(bits: object) -> float:
+    """``bits`` as the layout writes it: an int for 2, 3 and 4, a float for 2.5 and 3.5.
+
+    Raises:
+        LayoutError: ``bits`` is not one of :data:`BITS`.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in BITS:
+        raise LayoutError(f"bits is {bits!r}; the packed layout has {BITS}: choose one of them")
+    return int(bits) if int(bits) == bits else float(bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +51,9 @@ class VectorLayout:
     """One packed vector: a code row of ``code_bytes`` bytes and one fp16 scale.
 
     Args:
-        head_dim: coordinates of the vector, a multiple of 8 in [8, 1024].
-        bits: code width of a coordinate: 2, 3 or 4.
+        head_dim: coordinates of the vector, a multiple of 8 in [8, 1024]; of 16 where ``bits`` is fractional.
+        bits: bits of a coordinate: 2, 3 or 4; 2.5 (3 bits for the first half of the rotated coordinates, 2 for the
+            second) or 3.5 (4 and 3).
         form: codebook form, ``"int8"`` or ``"cubic"``; it also decides the sign placement at 4 bits.
         version: layout version the bytes follow.
 
@@ -44,21 +62,55 @@ class VectorLayout:
     """
 
     head_dim: int
-    bits: int
+    bits: float
     form: Form
     version: int = LAYOUT_VERSION
 
     def __post_init__(self) -> None:
-        _check_head_dim(self.head_dim, HEAD_DIM_MULTIPLE)
-        if type(self.bits) is not int or self.bits not in BITS:
-            raise LayoutError(f"bits is {self.bits!r}; the packed layout has {BITS}: choose one of them")
+        _check_head_dim(self.head_dim)
+        object.__setattr__(self, "bits", check_bits(self.bits))
+        if self.is_mixed and self.head_dim % (2 * HEAD_DIM_MULTIPLE):
+            raise LayoutError(
+                f"head_dim is {self.head_dim}; {self.bits} bits need a multiple of {2 * HEAD_DIM_MULTIPLE}, because "
+                f"each half is packed by itself: choose one of {WIDTHS} bits"
+            )
         if self.form not in FORMS:
             raise LayoutError(f"form is {self.form!r}; the packed layout has {FORMS}: choose one of them")
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether the two halves of the coordinates have codes of different widths."""
+        return not isinstance(self.bits, int)
+
+    @property
+    def parts(self) -> tuple[VectorLayout, ...]:
+        """Vectors of one width each whose code rows, one after the other, are the row of this one."""
+        if not self.is_mixed:
+            return (self,)
+        low = int(self.bits)
+        return tuple(VectorLayout(self.head_dim // 2, width, self.form, self.version) for width in (low + 1, low))
+
+    @property
+    def width(self) -> int:
+        """Code width of every coordinate.
+
+        Raises:
+            LayoutError: the coordinates have two widths: see :attr:`parts`.
+        """
+        if self.is_mixed:
+            raise LayoutError(f"{self.bits} bits are two code widths; read them from parts")
+        return int(self.bits)
+
+    @property
     def code_bytes(self) -> int:
         """Bytes of the code row."""
-        return self.head_dim * self.bits // 8
+        return int(self.head_dim * self.bits) // 8
+
+    @property
+    def alignment(self) -> int:
+        """Largest power of two, at most 16, that divides where each part of each row of a page starts."""
+        starts = math.gcd(WIDEST_ALIGNMENT, *(part.code_bytes for part in self.parts))
+        return starts & -starts
 
     @property
     def scale_bytes(self) -> int:
@@ -88,7 +140,7 @@ class RawLayout:
     version: int = LAYOUT_VERSION
 
     def __post_init__(self) -> None:
-        _check_head_dim(self.head_dim, HEAD_DIM_MULTIPLE)
+        _check_head_dim(self.head_dim)
         if self.itemsize not in (2, 4):
             raise LayoutError(f"itemsize is {self.itemsize}; raw vectors have 2 or 4 bytes a coordinate")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .halves import by_part, joined
 from .layout import VectorLayout
 
 _SIGN_SHIFTS = (7, 15, 23, 31, 3, 11, 19, 27)
@@ -71,7 +72,8 @@ def pack_codes(codes: Tensor, layout: VectorLayout) -> Tensor:
     """Pack codes into code rows.
 
     Args:
-        codes: uint8 ``[..., head_dim]``, values in ``[0, 2**bits)``, ascending in level.
+        codes: uint8 ``[..., head_dim]``, values in ``[0, 2**width)``, ascending in level; the first half of the
+            coordinates has the larger width where ``bits`` is fractional.
         layout: the row's layout.
 
     Returns:
@@ -81,16 +83,21 @@ def pack_codes(codes: Tensor, layout: VectorLayout) -> Tensor:
         ValueError: wrong dtype, last dimension or code range.
     """
     _check_row(codes, layout.head_dim, "codes", "head_dim")
-    if codes.numel() and int(codes.max()) >= 1 << layout.bits:
-        raise ValueError(f"a code is {int(codes.max())}; {layout.bits}-bit codes end at {(1 << layout.bits) - 1}")
+    for part, own in zip(layout.parts, by_part(codes, layout), strict=True):
+        if own.numel() and int(own.max()) >= 1 << part.width:
+            raise ValueError(f"a code is {int(own.max())}; {part.width}-bit codes end at {(1 << part.width) - 1}")
     return pack_checked_codes(codes, layout)
 
 
 def pack_checked_codes(codes: Tensor, layout: VectorLayout) -> Tensor:
     """Pack codes known to be in range; no host synchronisation (see :func:`pack_codes`)."""
-    if layout.bits == 2:
+    return joined([_pack(own, part) for part, own in zip(layout.parts, by_part(codes, layout), strict=True)])
+
+
+def _pack(codes: Tensor, layout: VectorLayout) -> Tensor:
+    if layout.width == 2:
         return _pack_2bit(codes)
-    if layout.bits == 3:
+    if layout.width == 3:
         return _pack_3bit(codes)
     return _pack_4bit_int8(codes) if layout.form == "int8" else _join_nibbles(codes)
 
@@ -102,9 +109,14 @@ def unpack_codes(row: Tensor, layout: VectorLayout) -> Tensor:
         ValueError: wrong dtype or last dimension.
     """
     _check_row(row, layout.code_bytes, "packed rows", "code_bytes")
-    if layout.bits == 2:
+    rows = row.split([part.code_bytes for part in layout.parts], dim=-1)
+    return joined([_unpack(own, part) for part, own in zip(layout.parts, rows, strict=True)])
+
+
+def _unpack(row: Tensor, layout: VectorLayout) -> Tensor:
+    if layout.width == 2:
         return _unpack_2bit(row)
-    if layout.bits == 3:
+    if layout.width == 3:
         return _unpack_3bit(row)
     return _unpack_4bit_int8(row) if layout.form == "int8" else _split_nibbles(row)
 

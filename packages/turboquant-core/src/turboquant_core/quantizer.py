@@ -49,7 +49,7 @@ class TurboQuantMSE:
 
     Args:
         head_dim: coordinates of a vector, a multiple of 8 with a known Hadamard matrix.
-        bits: 2, 3 or 4.
+        bits: 2, 3 or 4; 2.5 or 3.5 where ``head_dim`` is a multiple of 16.
         seed: rotation seed, in [0, 2**64).
         device: where vectors and tables live.
         scale_rule: see :mod:`turboquant_core.scale`.
@@ -63,7 +63,7 @@ class TurboQuantMSE:
     def __init__(
         self,
         head_dim: int,
-        bits: int,
+        bits: float,
         seed: int = 42,
         device: torch.device | str = "cpu",
         *,
@@ -80,8 +80,8 @@ class TurboQuantMSE:
         return self.codec.layout.head_dim
 
     @property
-    def bits(self) -> int:
-        """Code width of a coordinate."""
+    def bits(self) -> float:
+        """Bits of a coordinate."""
         return self.codec.layout.bits
 
     def encode(self, x: Tensor) -> CompressedTensor:

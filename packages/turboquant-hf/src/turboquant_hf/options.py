@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from turboquant_core.layout import BITS, PAGE_SIZE_MULTIPLE
+from turboquant_core.layout import BITS, PAGE_SIZE_MULTIPLE, check_bits
 
-Bits: TypeAlias = int | tuple[int, int]
+Bits: TypeAlias = float | tuple[float, float]
 CompressV: TypeAlias = bool | Literal["boundary"] | Callable[[int, int], bool]
 
 BOUNDARY_LAYERS = 2
@@ -20,7 +20,7 @@ class CacheOptions:
     """Options of a packed cache.
 
     Args:
-        bits: 2, 3 or 4, or a pair (keys, values).
+        bits: 2, 2.5, 3, 3.5 or 4, or a pair (keys, values).
         compress_v: whether values are packed: for all layers, all but the boundary layers, or
             ``compress_v(layer_idx, n_layers)``.
         seed: rotation seed.
@@ -41,8 +41,10 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         pair = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
-        if len(pair) != 2 or any(type(b) is not int or b not in BITS for b in pair):
+        if len(pair) != 2:
             raise ValueError(f"bits is {self.bits!r}; choose one of {BITS}, or a pair (keys, values) of them")
+        for bits in pair:
+            check_bits(bits)
         if not (isinstance(self.compress_v, bool) or callable(self.compress_v) or self.compress_v == "boundary"):
             raise ValueError(
                 f"compress_v is {self.compress_v!r}; it must be True, False, 'boundary' or a callable "
@@ -52,12 +54,12 @@ class CacheOptions:
             raise ValueError(f"page_size is {self.page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}")
 
     @property
-    def key_bits(self) -> int:
+    def key_bits(self) -> float:
         """Bits of a key coordinate."""
         return self.bits[0] if isinstance(self.bits, tuple) else self.bits
 
     @property
-    def value_bits(self) -> int:
+    def value_bits(self) -> float:
         """Bits of a value coordinate, where values are packed."""
         return self.bits[1] if isinstance(self.bits, tuple) else self.bits
 

@@ -26,7 +26,7 @@ class LayerSummary:
 
     layer_idx: int
     path: str
-    bits: tuple[int | None, int | None]
+    bits: tuple[float | None, float | None]
     calls: int
     reasons: tuple[str, ...]
     memory: MemoryFigures

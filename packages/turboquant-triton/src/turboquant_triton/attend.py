@@ -40,14 +40,14 @@ class AttendOptions:
 
 def value_bits(layout: PageLayout) -> int:
     """Bits of a stored value coordinate: 2, 3 or 4, or those of a raw float."""
-    return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else layout.value.bits
+    return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else layout.value.width
 
 
 def config_for(layout: PageLayout, permute: bool) -> AttendConfig:
     """Launch parameters for a layout on the permute or the portable path."""
     if not permute:
         return PORTABLE
-    return attend_config(layout.key.bits, value_bits(layout), max(layout.key.head_dim, layout.value.head_dim))
+    return attend_config(layout.key.width, value_bits(layout), max(layout.key.head_dim, layout.value.head_dim))
 
 
 def attend(
@@ -118,7 +118,7 @@ def _prepare(
     query = query if query.stride(-1) == 1 else query.contiguous()
     multiplier = options.scaling * math.log2(math.e)
     if permute:
-        multiplier *= int8_levels(codec.layout.key.bits).step
+        multiplier *= int8_levels(codec.layout.key.width).step
     vectors = query.shape[0] * query.shape[1]
     attend_prepare_kernel[(vectors + 1,)](
         query,

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from turboquant_core import LAYOUT_VERSION, KernelRequest, PageLayout, RawLayout
+from turboquant_core import LAYOUT_VERSION, KernelRequest, PageLayout, RawLayout, VectorLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_HEAD_DIM = 256
@@ -25,6 +25,8 @@ def _layout_reason(layout: PageLayout) -> str | None:
     for vector in (layout.key, layout.value):
         if vector.head_dim > _LARGEST_HEAD_DIM or vector.head_dim % _HEAD_DIM_MULTIPLE:
             return f"head_dim is {vector.head_dim}, needs a multiple of {_HEAD_DIM_MULTIPLE} up to {_LARGEST_HEAD_DIM}"
+        if isinstance(vector, VectorLayout) and vector.is_mixed:
+            return f"bits is {vector.bits}; these kernels read codes of one width: 2, 3 or 4 bits"
     return None
 
 

@@ -18,7 +18,7 @@ class ExampleProvider(ReferenceProvider):
 
     def decode(self, packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
         """See :meth:`turboquant_core.KernelProvider.decode`."""
-        level = codec.levels[unpack_codes(packed.codes, codec.layout).long()]
+        level = codec.levels_of(unpack_codes(packed.codes, codec.layout))
         x = unrotate(level * packed.scales.float().unsqueeze(-1), codec.signs)
         if codec.center is not None:
             x = x + codec.center

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ..layout import BITS, FORMS, Form
+from ..layout import FORMS, WIDTHS, Form
 from .codebook import Codebook, mirrored
 from .density import Gaussian, mean_squared_error
 
@@ -51,8 +51,8 @@ def format_constants(form: Form, bits: int) -> Int8Levels | CubicLevels:
     Raises:
         ValueError: unknown form or bits.
     """
-    if form not in FORMS or bits not in BITS:
-        raise ValueError(f"form is {form!r}, bits is {bits}; the format has {FORMS} with {BITS} bits")
+    if form not in FORMS or bits not in WIDTHS:
+        raise ValueError(f"form is {form!r}, bits is {bits}; the format has {FORMS} with {WIDTHS} bits")
     constants = _data()[form][str(bits)]
     if form == "int8":
         return Int8Levels(tuple(constants["q"]), constants["step"])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from ..layout import BITS
+from ..layout import WIDTHS
 from .density import Gaussian, cells, mean_squared_error
 from .formats import CubicLevels, Int8Levels
 from .textbook import lloyd_max
@@ -60,8 +60,8 @@ def optimise_int8(bits: int) -> Int8Levels:
 
 def optimise() -> dict[str, dict[str, dict[str, Any]]]:
     """The content of ``data/format.json``."""
-    int8 = {str(b): {"q": list(found.q), "step": found.step} for b in BITS for found in [optimise_int8(b)]}
-    cubic = {str(b): {"c": found.c, "step": found.step} for b in BITS for found in [optimise_cubic(b, CUBIC_C[b])]}
+    int8 = {str(b): {"q": list(found.q), "step": found.step} for b in WIDTHS for found in [optimise_int8(b)]}
+    cubic = {str(b): {"c": found.c, "step": found.step} for b in WIDTHS for found in [optimise_cubic(b, CUBIC_C[b])]}
     return {"int8": int8, "cubic": cubic}
 
 

@@ -35,7 +35,7 @@ def encode(x: Tensor, codec: Codec) -> Packed:
     unit = _power_of_two(x)
     rotated = rotate(x / unit, codec.signs)
     codes = _nearest_codes(rotated, codec)
-    scale = vector_scale(rotated, codec.levels[codes.long()], codec.scale_rule) * unit.squeeze(-1)
+    scale = vector_scale(rotated, codec.levels_of(codes), codec.scale_rule) * unit.squeeze(-1)
     scale = torch.where(finite.squeeze(-1), scale, torch.full_like(scale, torch.nan))
     codes = torch.where(finite, codes, torch.zeros_like(codes))
     return Packed(pack_checked_codes(codes, codec.layout), to_stored(scale))
@@ -49,13 +49,12 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 def _nearest_codes(rotated: Tensor, codec: Codec) -> Tensor:
     rms = rotated.square().mean(-1, keepdim=True).sqrt()
-    unit = rotated / torch.where(rms > 0, rms, torch.ones_like(rms))
-    return torch.bucketize(unit.contiguous(), codec.boundaries).to(torch.uint8)
+    return codec.nearest_codes(rotated / torch.where(rms > 0, rms, torch.ones_like(rms)))
 
 
 def decode_rotated(packed: Packed, codec: Codec) -> Tensor:
     """Scale times levels, still rotated and centred: float32 ``[..., head_dim]``."""
-    levels = codec.levels[unpack_codes(packed.codes, codec.layout).long()]
+    levels = codec.levels_of(unpack_codes(packed.codes, codec.layout))
     return levels * packed.scales.to(torch.float32).unsqueeze(-1)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codec import CacheCodec
+from ..codec import CacheCodec, Codec
+from ..halves import by_part, joined
 from ..layout import PageLayout, RawLayout, VectorLayout
 from ..reference import ReferenceProvider
 from ..scale import ScaleRule
@@ -54,8 +55,8 @@ def random_vectors(generator: torch.Generator, shape: tuple[int, ...], dtype: to
 
 
 def page_layout(
-    key_bits: int,
-    value_bits: int | None,
+    key_bits: float,
+    value_bits: float | None,
     head_dim: int,
     *,
     value_head_dim: int | None = None,
@@ -118,6 +119,12 @@ def slots_of(block_table: Tensor, lengths: list[int], page_size: int) -> Tensor:
         position = torch.arange(length, device=block_table.device)
         rows.append(block_table[row, position // page_size].long() * page_size + position % page_size)
     return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+
+def boundary_distance(unit: Tensor, codec: Codec) -> Tensor:
+    """Distance of each coordinate of unit variance to the nearest boundary of its own width, ``[..., head_dim]``."""
+    parts = zip(by_part(unit, codec.layout), codec.tables, strict=True)
+    return joined([(own.unsqueeze(-1) - boundaries).abs().amin(-1) for own, (_, boundaries) in parts])
 
 
 def random_query(case: PagedCase, tokens: int, group_size: int, dtype: torch.dtype, *, seed: int = 1) -> Tensor:

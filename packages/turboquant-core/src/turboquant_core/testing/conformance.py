@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any, ClassVar
 
 import pytest
@@ -11,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ..codec import Codec
-from ..layout import LAYOUT_VERSION, PageLayout, VectorLayout
+from ..layout import BITS, LAYOUT_VERSION, WIDTHS, PageLayout, VectorLayout
 from ..packing import unpack_codes
 from ..provider import KernelProvider, KernelRequest, Packed
 from ..reference import ReferenceProvider
 from ..reference.pages import field_views
 from ..rotation import rotate
 from ..scale import SCALE_RULES
-from .cases import NAN_BYTE, PagedCase, page_layout, paged_case, random_query, random_vectors
+from .cases import NAN_BYTE, PagedCase, boundary_distance, page_layout, paged_case, random_query, random_vectors
 from .golden import golden_cases
 from .oracle import attention_oracle, decode_oracle, relative_error
 
@@ -45,18 +46,22 @@ class ProviderConformance:
         boundary_tolerance: a code may differ from the reference only where the coordinate lies this close to a
             boundary, in standard deviations.
         must_run: an unsupported base request fails instead of skipping; set it in a provider's own repository.
+        must_run_mixed: so does an unsupported request with fractional bits.
     """
 
     device: ClassVar[str] = "cpu"
     dtype: ClassVar[torch.dtype] = torch.float32
     head_dims: ClassVar[tuple[int, ...]] = (64, 80, 96, 112, 128, 160, 192, 256)
-    bits: ClassVar[tuple[tuple[int, int | None], ...]] = ((4, 4), (3, 3), (2, 2), (4, 2), (3, 4), (4, None))
+    bits: ClassVar[tuple[tuple[float, float | None], ...]] = (
+        (4, 4), (3, 3), (2, 2), (4, 2), (3, 4), (4, None), (2.5, 2.5), (3.5, 3.5), (3.5, 2), (4, 2.5)
+    )  # fmt: skip
     page_sizes: ClassVar[tuple[int, ...]] = (16, 64)
     group_sizes: ClassVar[tuple[int, ...]] = (1, 4, 7)
     decode_tolerance: ClassVar[float] = 2e-6
     attention_tolerance: ClassVar[float] = 2e-6
     boundary_tolerance: ClassVar[float] = 1e-5
     must_run: ClassVar[bool] = False
+    must_run_mixed: ClassVar[bool] = False
 
     @pytest.fixture
     def provider(self) -> KernelProvider:
@@ -82,12 +87,13 @@ class ProviderConformance:
     def require(self, provider: KernelProvider, layout: PageLayout, group_size: int = 1) -> None:
         """Skip (or fail with ``must_run``) when the provider says it cannot do ``layout``."""
         reason = provider.unsupported_reason(self.request_for(layout, group_size))
-        if reason is not None and self.must_run:
+        mixed = any(isinstance(v, VectorLayout) and v.is_mixed for v in (layout.key, layout.value))
+        if reason is not None and self.must_run and (self.must_run_mixed or not mixed):
             pytest.fail(f"{provider.name} must support {layout}: {reason}")
         if reason is not None:
             pytest.skip(reason)
 
-    def layout(self, key_bits: int, value_bits: int | None, head_dim: int, **options: Any) -> PageLayout:
+    def layout(self, key_bits: float, value_bits: float | None, head_dim: int, **options: Any) -> PageLayout:
         """A page layout in the default forms; 16- or 32-bit values follow the tests' dtype."""
         return page_layout(key_bits, value_bits, head_dim, itemsize=self.dtype.itemsize, **options)
 
@@ -133,8 +139,8 @@ class ProviderConformance:
     # The vector operations ------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("form", ["int8", "cubic"])
-    @pytest.mark.parametrize("bits", [2, 3, 4])
-    def test_golden_bytes(self, provider: KernelProvider, head_dim: int, bits: int, form: Any) -> None:
+    @pytest.mark.parametrize("bits", BITS)
+    def test_golden_bytes(self, provider: KernelProvider, head_dim: int, bits: float, form: Any) -> None:
         golden = golden_cases()[(head_dim, bits, form)]
         layout = VectorLayout(head_dim, bits, form)
         self.require(provider, replace(self.layout(4, 4, head_dim), key=layout))
@@ -144,13 +150,18 @@ class ProviderConformance:
         assert torch.equal(packed.scales.cpu(), golden.scales)
 
     @pytest.mark.parametrize("rule", SCALE_RULES)
-    def test_encode_equals_the_reference(self, provider: KernelProvider, head_dim: int, rule: Any) -> None:
-        for key_bits, value_bits in self.bits:
-            layout = self.layout(key_bits, value_bits, head_dim)
-            self.require(provider, layout)
-            for vector in (layout.key, layout.value):
-                if isinstance(vector, VectorLayout):
-                    self._check_encode(provider, Codec.create(vector, scale_rule=rule, device=self.device))
+    def test_encode_equals_the_reference(
+        self, provider: KernelProvider, head_dim: int, bits_pair: tuple[float, float | None], rule: Any
+    ) -> None:
+        for vector in self._packed_vectors(provider, bits_pair, head_dim):
+            self._check_encode(provider, Codec.create(vector, scale_rule=rule, device=self.device))
+
+    def _packed_vectors(
+        self, provider: KernelProvider, bits_pair: tuple[float, float | None], head_dim: int
+    ) -> list[VectorLayout]:
+        layout = self.layout(*bits_pair, head_dim)
+        self.require(provider, layout)
+        return [vector for vector in (layout.key, layout.value) if isinstance(vector, VectorLayout)]
 
     def _check_encode(self, provider: KernelProvider, codec: Codec) -> None:
         shape = (3, 5, codec.layout.head_dim)
@@ -162,20 +173,17 @@ class ProviderConformance:
         differs = unpack_codes(got.codes, codec.layout) != unpack_codes(expected.codes, codec.layout)
         rotated = rotate(x.float(), codec.signs)
         unit = rotated / rotated.square().mean(-1, keepdim=True).sqrt()
-        distance = (unit.unsqueeze(-1) - codec.boundaries).abs().amin(-1)
-        assert (distance[differs] <= self.boundary_tolerance).all()
+        assert (boundary_distance(unit, codec)[differs] <= self.boundary_tolerance).all()
         torch.testing.assert_close(got.scales, expected.scales, rtol=2e-3, atol=6e-8)
 
-    def test_decode_equals_float64(self, provider: KernelProvider, head_dim: int) -> None:
-        for key_bits, value_bits in self.bits:
-            layout = self.layout(key_bits, value_bits, head_dim)
-            self.require(provider, layout)
-            for vector in (layout.key, layout.value):
-                if isinstance(vector, VectorLayout):
-                    codec = Codec.create(vector, device=self.device)
-                    packed = self._packed(codec, (2, 9))
-                    got = provider.decode(packed, codec, torch.float32)
-                    assert relative_error(got, decode_oracle(packed, codec)) <= self.decode_tolerance
+    def test_decode_equals_float64(
+        self, provider: KernelProvider, head_dim: int, bits_pair: tuple[float, float | None]
+    ) -> None:
+        for vector in self._packed_vectors(provider, bits_pair, head_dim):
+            codec = Codec.create(vector, device=self.device)
+            packed = self._packed(codec, (2, 9))
+            got = provider.decode(packed, codec, torch.float32)
+            assert relative_error(got, decode_oracle(packed, codec)) <= self.decode_tolerance
 
     def _packed(self, codec: Codec, lead: tuple[int, ...], seed: int = 3) -> Packed:
         x = random_vectors(torch.Generator().manual_seed(seed), (*lead, codec.layout.head_dim), self.dtype)
@@ -194,7 +202,7 @@ class ProviderConformance:
             assert got.dtype == torch.float32
             assert relative_error(got, expected) <= self.attention_tolerance
 
-    def test_zero_nan_and_huge_vectors(self, provider: KernelProvider, bits_pair: tuple[int, int | None]) -> None:
+    def test_zero_nan_and_huge_vectors(self, provider: KernelProvider, bits_pair: tuple[float, float | None]) -> None:
         layout = self.layout(*bits_pair, self.head_dims[0])
         self.require(provider, layout)
         codec = Codec.create(layout.key, device=self.device)
@@ -205,8 +213,7 @@ class ProviderConformance:
         got = provider.encode(bad, codec)
         assert got.scales[1] == 0
         assert got.scales[2:4].isnan().all()
-        assert not got.codes[2:4].any() or layout.key.bits == 4
-        assert torch.equal(got.codes[2], got.codes[3])
+        assert not unpack_codes(got.codes[2:4], layout.key).any()
         assert got.scales[4].isfinite()
         for untouched in (0, 5):
             assert torch.equal(got.codes[untouched], plain.codes[untouched])
@@ -242,7 +249,7 @@ class ProviderConformance:
     # Pages ----------------------------------------------------------------------------------------------------------
 
     def test_store_writes_its_slots_and_no_other_byte(
-        self, provider: KernelProvider, bits_pair: tuple[int, int | None], page_size: int
+        self, provider: KernelProvider, bits_pair: tuple[float, float | None], page_size: int
     ) -> None:
         layout = self.layout(*bits_pair, self.head_dims[0], page_size=page_size)
         self.require(provider, layout)
@@ -279,7 +286,7 @@ class ProviderConformance:
         assert torch.equal(case.pages, before)
 
     def test_gather_equals_float64(
-        self, provider: KernelProvider, head_dim: int, bits_pair: tuple[int, int | None]
+        self, provider: KernelProvider, head_dim: int, bits_pair: tuple[float, float | None]
     ) -> None:
         layout = self.layout(*bits_pair, head_dim)
         self.require(provider, layout)
@@ -298,7 +305,7 @@ class ProviderConformance:
     # Attention ------------------------------------------------------------------------------------------------------
 
     def test_attend_every_head_dim(
-        self, provider: KernelProvider, head_dim: int, bits_pair: tuple[int, int | None]
+        self, provider: KernelProvider, head_dim: int, bits_pair: tuple[float, float | None]
     ) -> None:
         layout = self.layout(*bits_pair, head_dim)
         self.require(provider, layout, 2)
@@ -310,7 +317,9 @@ class ProviderConformance:
         lengths = [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size]
         self.check_attend(provider, self.case(layout, lengths), [1] * len(lengths), group_size)
 
-    def test_attend_several_queries_causal(self, provider: KernelProvider, bits_pair: tuple[int, int | None]) -> None:
+    def test_attend_several_queries_causal(
+        self, provider: KernelProvider, bits_pair: tuple[float, float | None]
+    ) -> None:
         layout = self.layout(*bits_pair, self.head_dims[0])
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [9, 40, 70]), [5, 5, 5], 2)
@@ -363,11 +372,25 @@ class ProviderConformance:
     @given(
         lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
         group_size=st.integers(1, 9),
-        bits=st.tuples(st.sampled_from((2, 3, 4)), st.sampled_from((2, 3, 4))),
+        bits=st.tuples(st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)),
         seed=st.integers(0, 1000),
     )
     def test_attend_any_lengths(
         self, provider: KernelProvider, lengths: list[int], group_size: int, bits: tuple[int, int], seed: int
+    ) -> None:
+        layout = self.layout(*bits, self.head_dims[0])
+        self.require(provider, layout, group_size)
+        self.check_attend(provider, self.case(layout, lengths, seed=seed), [1] * len(lengths), group_size)
+
+    @PROPERTY
+    @given(
+        lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
+        group_size=st.integers(1, 9),
+        bits=st.sampled_from([pair for pair in product(BITS, BITS) if not set(pair) <= set(WIDTHS)]),
+        seed=st.integers(0, 1000),
+    )
+    def test_attend_any_lengths_in_fractional_bits(
+        self, provider: KernelProvider, lengths: list[int], group_size: int, bits: tuple[float, float], seed: int
     ) -> None:
         layout = self.layout(*bits, self.head_dims[0])
         self.require(provider, layout, group_size)

@@ -25,7 +25,8 @@ def relative_error(got: Tensor, expected: Float64) -> float:
 def decode_oracle(packed: Packed, codec: Codec, *, centered: bool = False) -> Float64:
     """Decoded vectors ``[..., head_dim]``; ``centered=True`` does not add the centre back."""
     codes = unpack_codes(packed.codes.cpu(), codec.layout).numpy()
-    levels = codec.levels.cpu().double().numpy()[codes]
+    halves = zip(codec.tables, np.split(codes, len(codec.tables), axis=-1), strict=True)
+    levels = np.concatenate([table.cpu().double().numpy()[own] for (table, _), own in halves], axis=-1)
     rotated = levels * packed.scales.cpu().double().numpy()[..., None]
     # z = M x with M orthonormal, so rows times M is the inverse.
     decoded = rotated @ rotation_matrix(codec.signs.cpu()).double().numpy()

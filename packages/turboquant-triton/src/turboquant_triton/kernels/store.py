@@ -217,7 +217,7 @@ def _operands(codec: Codec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _key_constants(key: Tensor, codec: Codec) -> dict[str, int | str | bool]:
     return {
         "D": codec.layout.head_dim,
-        "BITS": codec.layout.bits,
+        "BITS": codec.layout.width,
         "INT8": codec.layout.form == "int8",
         "RULE": codec.scale_rule,
         "HAS_CENTER": codec.center is not None,
@@ -230,7 +230,7 @@ def _value_constants(value: Tensor, codec: CacheCodec) -> dict[str, int | str | 
     layout = codec.layout.value
     return {
         "VALUE_DIM": layout.head_dim,
-        "VALUE_BITS": 8 * layout.itemsize if isinstance(layout, RawLayout) else layout.bits,
+        "VALUE_BITS": 8 * layout.itemsize if isinstance(layout, RawLayout) else layout.width,
         "VALUE_INT8": isinstance(layout, VectorLayout) and layout.form == "int8",
         "VALUE_RULE": "" if codec.value is None else codec.value.scale_rule,
         "VALUE_SPLIT": codec.value is not None and needs_split(value, codec.value),

@@ -34,9 +34,10 @@ class GoldenCase:
     scales: Tensor
 
 
-def golden_text(version: int = LAYOUT_VERSION) -> str:
-    """The golden file of a layout version, as text."""
-    return files(__package__).joinpath(f"layout_v{version}.json").read_text(encoding="utf-8")
+def golden_text(version: int = LAYOUT_VERSION, *, mixed: bool = False) -> str:
+    """A golden file of a layout version, as text: of the layouts of one width, or ``mixed`` of those of two."""
+    name = f"layout_v{version}_mixed.json" if mixed else f"layout_v{version}.json"
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _bytes(rows: list[str]) -> Tensor:
@@ -44,12 +45,13 @@ def _bytes(rows: list[str]) -> Tensor:
 
 
 @cache
-def golden_cases() -> dict[tuple[int, int, Form], GoldenCase]:
+def golden_cases() -> dict[tuple[int, float, Form], GoldenCase]:
     """Every golden case by (head_dim, bits, form)."""
     cases = {}
+    mixed = {entry["head_dim"]: entry["packed"] for entry in json.loads(golden_text(mixed=True))["cases"]}
     for entry in json.loads(golden_text())["cases"]:
         vectors = torch.tensor(entry["vectors"], dtype=torch.float32)
-        for packed in entry["packed"]:
+        for packed in entry["packed"] + mixed[entry["head_dim"]]:
             cases[entry["head_dim"], packed["bits"], packed["form"]] = GoldenCase(
                 seed=entry["seed"],
                 stream=entry["stream"],

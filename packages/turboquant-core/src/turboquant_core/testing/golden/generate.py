@@ -1,4 +1,6 @@
-"""Write the golden file: ``python -m turboquant_core.testing.golden.generate > layout_vN.json``, once per version."""
+"""Write the golden files, once per version: ``python -m turboquant_core.testing.golden.generate > layout_vN.json``,
+and with the argument ``mixed`` ``layout_vN_mixed.json``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ...codebook import format_codebook
 from ...codec import Codec
-from ...layout import BITS, FORMS, LAYOUT_VERSION, VectorLayout
+from ...layout import BITS, FORMS, LAYOUT_VERSION, WIDTHS, VectorLayout
 from ...reference import ReferenceProvider
 from ...rotation import rotate
 from .cases import GOLDEN_HEAD_DIMS
@@ -24,7 +26,14 @@ CLEARANCE = 2e-4
 
 def _codecs(head_dim: int, stream: int) -> list[Codec]:
     return [
-        Codec.create(VectorLayout(head_dim, bits, form), seed=SEED, stream=stream) for form in FORMS for bits in BITS
+        Codec.create(VectorLayout(head_dim, bits, form), seed=SEED, stream=stream) for form in FORMS for bits in WIDTHS
+    ]
+
+
+def _mixed_codecs(head_dim: int, stream: int) -> list[Codec]:
+    mixed = [bits for bits in BITS if bits not in WIDTHS]
+    return [
+        Codec.create(VectorLayout(head_dim, bits, form), seed=SEED, stream=stream) for form in FORMS for bits in mixed
     ]
 
 
@@ -80,13 +89,27 @@ def document() -> str:
     levels = [
         {"form": form, "bits": bits, "levels": list(format_codebook(form, bits).levels)}
         for form in FORMS
-        for bits in BITS
+        for bits in WIDTHS
     ]
     # Both streams occur: keys and values of a layer have different signs.
     cases = [_case(head_dim, index % 2) for index, head_dim in enumerate(GOLDEN_HEAD_DIMS)]
-    body = {"layout_version": LAYOUT_VERSION, "levels": levels, "cases": cases}
+    return _text({"layout_version": LAYOUT_VERSION, "levels": levels, "cases": cases})
+
+
+def mixed_document() -> str:
+    """The golden file of the layouts of two widths: packed rows of the vectors of :func:`document`."""
+    cases = []
+    for index, head_dim in enumerate(GOLDEN_HEAD_DIMS):
+        x = _vectors(head_dim, _codecs(head_dim, index % 2))
+        packed = [_packed(x, codec) for codec in _mixed_codecs(head_dim, index % 2)]
+        cases.append({"head_dim": head_dim, "packed": packed})
+    return _text({"layout_version": LAYOUT_VERSION, "cases": cases})
+
+
+def _text(body: dict[str, Any]) -> str:
+    """JSON with one head_dim on a line."""
     return json.dumps(body, separators=(",", ":")).replace('{"head_dim"', '\n{"head_dim"') + "\n"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(document())
+    sys.stdout.write(mixed_document() if sys.argv[1:] == ["mixed"] else document())
