@@ -12,6 +12,11 @@ from turboquant_core.rotation import rotation_matrix
 _INTERPRETED_MULTIPROCESSORS = 2
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The device as its tensors name it: ``cuda`` stands for the current GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 @lru_cache(maxsize=64)
 def hadamard_int8(head_dim: int, device: torch.device) -> Tensor:
     """The Hadamard matrix of core's rotation, int8 ``[head_dim, head_dim]`` of +-1.

@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turboquant_core import LayoutError, VectorLayout
+from turboquant_core import LayoutError, PageLayout, VectorLayout
 
-from .device import hadamard_int8, multiprocessors
+from .device import hadamard_fp16, hadamard_int8, indexed, multiprocessors
 
 _LARGEST_HEAD_DIM = 256
 _SCORE_TILES = 8
@@ -103,6 +103,18 @@ def rotation_operand(head_dim: int, bits: int, device: torch.device) -> Tensor:
     order = torch.tensor(coordinates(head_dim, bits))
     matrix[order >= 0, :head_dim] = hadamard_int8(head_dim, torch.device("cpu"))[order[order >= 0]].half()
     return matrix.to(device)
+
+
+def make_constants(layout: PageLayout, device: torch.device) -> None:
+    """Make the matrices that the kernels of ``layout`` read on ``device``.
+
+    Before any call, so that none makes them inside a CUDA graph, whose memory is not theirs to keep.
+    """
+    device = indexed(device)
+    for vector in (layout.key, layout.value):
+        if isinstance(vector, VectorLayout):
+            rotation_operand(vector.head_dim, vector.bits, device)
+            hadamard_fp16(vector.head_dim, device, vector is layout.value)
 
 
 def unit_dtype(layout: VectorLayout) -> torch.dtype:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from turboquant_core import Attended, CacheCodec, Codec, Gathered, KernelRequest, Packed, PageLayout
 
+from . import operators
 from .support import permute_supported, unsupported_reason
 
 
@@ -18,6 +19,9 @@ class TritonProvider:
     ``attend`` has two forms over the same bytes: on NVIDIA GPUs from sm_80 byte-permute instructions and int8 tensor
     cores, for the format's own codebooks (``int8`` keys, ``cubic`` or 16-bit values); elsewhere plain Triton. The first
     quantizes each rotated query to int8 (relative error below 1 % of a score's standard deviation).
+
+    All six are custom operators under ``torch.compile``: no graph break, ``fullgraph=True`` works, and ``pages``,
+    ``out`` and ``workspace`` are written in place.
 
     Args:
         portable: never take the byte-permute form.
@@ -30,37 +34,54 @@ class TritonProvider:
         self._portable = portable
 
     def unsupported_reason(self, request: KernelRequest) -> str | None:
-        """See :meth:`KernelProvider.unsupported_reason`; on a GPU this runs the self-test of the device once."""
-        reason = unsupported_reason(request)
-        if reason is None and self._permutes(request.layout, request.device, request.dtype):
-            from .self_test import self_test_reason
+        """See :meth:`KernelProvider.unsupported_reason`.
 
-            return self_test_reason(request.device)
-        return reason
+        On a GPU this runs the self-test of the device once and makes the constants of the layout, so that no later
+        call allocates them, in a CUDA graph for one.
+        """
+        reason = unsupported_reason(request)
+        if reason is not None or request.device.type != "cuda":
+            return reason
+        from .launch import make_constants
+        from .self_test import self_test_reason
+
+        make_constants(request.layout, request.device)
+        return (
+            self_test_reason(request.device) if self._permutes(request.layout, request.device, request.dtype) else None
+        )
 
     def _permutes(self, layout: PageLayout, device: torch.device, dtype: torch.dtype) -> bool:
         return not self._portable and permute_supported(layout, device, dtype)
 
     def encode(self, x: Tensor, codec: Codec) -> Packed:
         """See :meth:`KernelProvider.encode`."""
+        if torch.compiler.is_compiling():
+            return operators.encode(x, codec)
         from .kernels.encode import encode
 
         return encode(x, codec)
 
     def decode(self, packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
         """See :meth:`KernelProvider.decode`."""
+        if torch.compiler.is_compiling():
+            return operators.decode(packed, codec, dtype)
         from .kernels.decode import decode
 
         return decode(packed, codec, dtype)
 
     def scores(self, query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Tensor:
         """See :meth:`KernelProvider.scores`."""
+        if torch.compiler.is_compiling():
+            return operators.scores(query, packed, codec, scaling=scaling)
         from .kernels.scores import scores
 
         return scores(query, packed, codec, scaling=scaling)
 
     def store(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec: CacheCodec) -> None:
         """See :meth:`KernelProvider.store`; on a GPU a slot beyond the pages is skipped, not refused."""
+        if torch.compiler.is_compiling():
+            operators.store(key, value, pages, slot_mapping, codec)
+            return
         from .kernels.store import store
 
         store(key, value, pages, slot_mapping, codec)
@@ -83,6 +104,23 @@ class TritonProvider:
         workspace: Tensor | None = None,
     ) -> Attended:
         """See :meth:`KernelProvider.attend`; fixed grid, no host read: safe in a CUDA graph after a first call."""
+        if torch.compiler.is_compiling():
+            return operators.attend(
+                query,
+                pages,
+                block_table,
+                seq_lens,
+                codec,
+                scaling=scaling,
+                window=window,
+                softcap=softcap,
+                query_start_loc=query_start_loc,
+                seq_starts=seq_starts,
+                sinks=sinks,
+                out=out,
+                workspace=workspace,
+                portable=self._portable,
+            )
         from .attend import AttendOptions, attend
 
         return attend(
@@ -119,6 +157,8 @@ class TritonProvider:
         rotated: bool = False,
     ) -> Gathered:
         """See :meth:`KernelProvider.gather`."""
+        if torch.compiler.is_compiling():
+            return operators.gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)
         from .kernels.gather import gather
 
         return gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)
