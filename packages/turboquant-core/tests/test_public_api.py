@@ -11,8 +11,8 @@ import turboquant_core
 PUBLIC = """
 LAYOUT_VERSION Attended CacheCodec Codebook Codec CompressedTensor Gathered KernelProvider KernelRequest LayoutError
 MemoryFigures Packed PackedPast PackedSequences PageLayout ProdTensor ProviderError RawLayout ReferenceProvider
-TurboQuantError TurboQuantKVCache TurboQuantMSE TurboQuantProd VectorLayout __version__ available_providers
-format_codebook lloyd_max load_provider merge_attended pack_codes rotate rotation_signs select_provider unpack_codes
+SplitTensor TurboQuantError TurboQuantKVCache TurboQuantMSE TurboQuantOutliers TurboQuantProd VectorLayout __version__
+available_providers format_codebook lloyd_max load_provider merge_attended outlier_channels pack_codes rotate rotation_signs select_provider unpack_codes
 unrotate
 """
 

@@ -16,6 +16,7 @@ from .errors import LayoutError, ProviderError, TurboQuantError
 from .kv_cache import TurboQuantKVCache
 from .layout import LAYOUT_VERSION, PageLayout, RawLayout, VectorLayout
 from .merge import merge_attended
+from .outliers import SplitTensor, TurboQuantOutliers, outlier_channels
 from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
 from .packing import pack_codes, unpack_codes
 from .prod import ProdTensor, TurboQuantProd
@@ -45,9 +46,11 @@ __all__ = [
     "ProviderError",
     "RawLayout",
     "ReferenceProvider",
+    "SplitTensor",
     "TurboQuantError",
     "TurboQuantKVCache",
     "TurboQuantMSE",
+    "TurboQuantOutliers",
     "TurboQuantProd",
     "VectorLayout",
     "__version__",
@@ -56,6 +59,7 @@ __all__ = [
     "lloyd_max",
     "load_provider",
     "merge_attended",
+    "outlier_channels",
     "pack_codes",
     "rotate",
     "rotation_signs",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codec import CacheCodec, check_center
+from ..dense import attend_dense
 from ..provider import Attended
 from ..rotation import rotate, unrotate
 from .pages import check_pages, gather
@@ -61,27 +62,19 @@ def _attend_sequence(
     keys, values = gather(
         pages, block_row, codec, start=0, stop=seq_len, dtype=torch.float32, rotated=True, raw_dtype=query.dtype
     )
-    group = query.shape[1] // codec.layout.kv_heads
-    rotated = rotate(query.to(torch.float32), codec.key.signs).transpose(0, 1).unflatten(0, (-1, group))
-    scores = options.scaling * (rotated @ keys[0].transpose(-1, -2).unsqueeze(1))
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    lse = _log_sum_exp(scores, options.sinks)
-    weights = torch.where(visible, torch.exp(scores - lse.unsqueeze(-1)), torch.zeros_like(scores))
-    # Unseen tokens may be uninitialised bytes whose scale is NaN; 0 * NaN would reach the output.
-    seen = visible.any(0).view(-1, 1)
-    output = weights @ torch.where(seen, values[0], torch.zeros((), device=query.device)).unsqueeze(1)
+    rotated = rotate(query.to(torch.float32), codec.key.signs).transpose(0, 1).unsqueeze(0)
+    output, lse = attend_dense(
+        rotated,
+        keys,
+        values,
+        visible.unsqueeze(0),
+        scaling=options.scaling,
+        softcap=options.softcap,
+        sinks=options.sinks,
+    )
     if codec.value is not None:
         output = unrotate(output, codec.value.signs)
-    return Attended(output.flatten(0, 1).transpose(0, 1), lse.flatten(0, 1).transpose(0, 1))
-
-
-def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    lse = torch.logsumexp(scores, dim=-1)
-    if sinks is None:
-        return lse
-    return torch.logaddexp(lse, sinks.float().view(scores.shape[0], scores.shape[1], 1).expand_as(lse))
+    return Attended(output[0].transpose(0, 1), lse[0].transpose(0, 1))
 
 
 def _visible(q_len: int, seq_len: int, start: int, window: int | None, device: torch.device) -> Tensor:
