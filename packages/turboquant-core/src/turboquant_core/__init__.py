@@ -12,6 +12,7 @@ from __future__ import annotations
 from ._version import __version__
 from .codebook import Codebook, format_codebook, lloyd_max
 from .codec import CacheCodec, Codec
+from .dense import attend_dense
 from .errors import LayoutError, ProviderError, TurboQuantError
 from .kv_cache import TurboQuantKVCache
 from .layout import LAYOUT_VERSION, PageLayout, RawLayout, VectorLayout
@@ -25,6 +26,7 @@ from .quantizer import CompressedTensor, TurboQuantMSE
 from .reference import ReferenceProvider
 from .rotation import rotate, rotation_signs, unrotate
 from .selection import available_providers, load_provider, select_provider
+from .windows import WindowedPast, WindowedSequences, Windows
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -53,7 +55,11 @@ __all__ = [
     "TurboQuantOutliers",
     "TurboQuantProd",
     "VectorLayout",
+    "WindowedPast",
+    "WindowedSequences",
+    "Windows",
     "__version__",
+    "attend_dense",
     "available_providers",
     "format_codebook",
     "lloyd_max",

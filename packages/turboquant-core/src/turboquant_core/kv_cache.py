@@ -10,6 +10,7 @@ from .layout import PageLayout, VectorLayout
 from .packed_sequences import MemoryFigures, PackedSequences
 from .provider import Attended, Gathered, KernelRequest
 from .selection import select_provider
+from .windows import WindowedSequences, Windows
 
 
 class TurboQuantKVCache:
@@ -25,11 +26,13 @@ class TurboQuantKVCache:
         dtype: dtype of keys and values handed in and back.
         device: where the pages live.
         provider: kernel provider by name; None selects one.
+        sink_tokens: first tokens that stay in full precision.
+        recent_tokens: last tokens that stay in full precision; a token is packed when it leaves this window.
 
     Raises:
         LayoutError: ``head_dim``, ``bits`` or ``page_size`` is outside the format.
         ProviderError: the named provider is missing or cannot do this.
-        ValueError: ``batch`` is below 1.
+        ValueError: ``batch`` is below 1, or a number of tokens is negative.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class TurboQuantKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         provider: str | None = None,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
     ) -> None:
         key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
         layout = PageLayout(
@@ -54,7 +59,8 @@ class TurboQuantKVCache:
         )
         codec = CacheCodec.create(layout, seed=seed, device=device)
         request = KernelRequest(layout=layout, device=torch.device(device), dtype=dtype)
-        self._sequences = PackedSequences(batch, codec, select_provider(request, provider), dtype)
+        packed = PackedSequences(batch, codec, select_provider(request, provider), dtype)
+        self._sequences = WindowedSequences(packed, Windows(sink_tokens, recent_tokens))
 
     @property
     def layout(self) -> PageLayout:
@@ -64,12 +70,12 @@ class TurboQuantKVCache:
     @property
     def codec(self) -> CacheCodec:
         """The codecs of keys and values."""
-        return self._sequences.codec
+        return self._sequences.packed.codec
 
     @property
     def provider_name(self) -> str:
         """Kernel provider in use."""
-        return self._sequences.provider.name
+        return self._sequences.packed.provider.name
 
     @property
     def seq_length(self) -> int:
@@ -90,7 +96,7 @@ class TurboQuantKVCache:
             ValueError: the range leaves the cache.
         """
         stop = self.seq_length if stop is None else stop
-        return self._sequences.past().read(start, stop, self._sequences.dtype)
+        return self._sequences.past().read(start, stop, self._sequences.packed.dtype)
 
     def attend(self, query: Tensor, *, scaling: float | None = None) -> Attended:
         """Causal attention of the last ``q_len`` positions: see :meth:`PackedPast.attend`.

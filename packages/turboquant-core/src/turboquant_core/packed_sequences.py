@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ class PackedPast:
         *,
         scaling: float,
         seq_starts: Tensor | None = None,
+        window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Attended:
@@ -88,6 +90,7 @@ class PackedPast:
             query: ``[batch, q_heads, q_len, head_dim]``; ``q_heads`` a multiple of ``kv_heads``.
             scaling: multiplier of Q K^T.
             seq_starts: int32 ``[batch]``, first visible position; None for 0.
+            window: see :meth:`KernelProvider.attend`.
             softcap: see :meth:`KernelProvider.attend`.
             sinks: float ``[q_heads]``, see :meth:`KernelProvider.attend`.
 
@@ -97,25 +100,48 @@ class PackedPast:
         Raises:
             ValueError: wrong shape, or more queries than tokens stored.
         """
-        batch, q_heads, q_len, _ = query.shape
-        if batch != self.block_table.shape[0] or q_len > self.length:
-            raise ValueError(
-                f"query has shape {tuple(query.shape)}; the cache has batch {self.block_table.shape[0]} and "
-                f"{self.length} tokens"
-            )
-        flat, lse = self.provider.attend(
-            token_major(query),
-            self.pages,
+        self.check_query(query, self.length)
+        lengths = torch.full((query.shape[0],), self.length, dtype=torch.int32, device=query.device)
+        return self._attend(
+            query,
             self.block_table,
-            torch.full((batch,), self.length, dtype=torch.int32, device=query.device),
-            self.codec,
+            lengths,
             scaling=scaling,
             seq_starts=seq_starts,
+            window=window,
             softcap=softcap,
             sinks=sinks,
         )
+
+    def attend_rows(
+        self, query: Tensor, seq_lens: Tensor, seq_starts: Tensor, *, scaling: float, softcap: float | None = None
+    ) -> Attended:
+        """Attention of each query over a range of its own; reads a sequence once for each of its queries.
+
+        Args:
+            query: ``[batch, q_heads, q_len, head_dim]``.
+            seq_lens: int32 ``[batch * q_len]``, keys from the first on that each query may see, at most ``length``.
+            seq_starts: int32 ``[batch * q_len]``, first visible position of each query.
+            scaling: multiplier of Q K^T.
+            softcap: see :meth:`KernelProvider.attend`.
+
+        Returns:
+            As :meth:`attend`.
+        """
+        rows = self.block_table.repeat_interleave(query.shape[2], dim=0)
+        return self._attend(query, rows, seq_lens, scaling=scaling, seq_starts=seq_starts, softcap=softcap)
+
+    def _attend(self, query: Tensor, block_table: Tensor, seq_lens: Tensor, **options: Any) -> Attended:
+        batch, q_heads, q_len, _ = query.shape
+        flat, lse = self.provider.attend(token_major(query), self.pages, block_table, seq_lens, self.codec, **options)
         out = flat.view(batch, q_len, q_heads, -1).transpose(1, 2)
         return Attended(out, lse.view(batch, q_len, q_heads).transpose(1, 2))
+
+    def check_query(self, query: Tensor, length: int) -> None:
+        """Raise ``ValueError`` unless ``query`` is of this batch and of at most ``length`` tokens."""
+        batch = self.block_table.shape[0]
+        if query.dim() != 4 or query.shape[0] != batch or query.shape[2] > length:
+            raise ValueError(f"query has shape {tuple(query.shape)}; the cache has batch {batch} and {length} tokens")
 
 
 class PackedSequences:
@@ -168,10 +194,7 @@ class PackedSequences:
         Raises:
             ValueError: wrong shape or dtype; nothing is added then.
         """
-        self._check(keys, "keys", self.layout.key.head_dim)
-        self._check(values, "values", self.layout.value.head_dim)
-        if keys.shape[2] != values.shape[2]:
-            raise ValueError(f"keys are {tuple(keys.shape)} but values {tuple(values.shape)}; tokens must be equal")
+        self.check(keys, values)
         stop = self.length + keys.shape[2]
         self._reserve(stop)
         slots = self._slots(self.length, stop)
@@ -214,6 +237,19 @@ class PackedSequences:
         self.length = 0
         self._pages = self._pages.new_zeros(self.layout.pages_shape(0))
         self._block_table = self._table(self.batch, 0)
+
+    def move(self, device: torch.device | str) -> None:
+        """Move pages and codecs to ``device``; while they are where the provider cannot work, only move them back."""
+        self.codec = self.codec.to(device)
+        self._pages = self._pages.to(device)
+        self._block_table = self._block_table.to(device)
+
+    def check(self, keys: Tensor, values: Tensor) -> None:
+        """Raise ``ValueError`` unless both may be appended."""
+        self._check(keys, "keys", self.layout.key.head_dim)
+        self._check(values, "values", self.layout.value.head_dim)
+        if keys.shape[2] != values.shape[2]:
+            raise ValueError(f"keys are {tuple(keys.shape)} but values {tuple(values.shape)}; tokens must be equal")
 
     def _check(self, tensor: Tensor, name: str, head_dim: int) -> None:
         expected = (self.batch, self.layout.kv_heads, "tokens", head_dim)

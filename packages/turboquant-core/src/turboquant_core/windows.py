@@ -1,0 +1,247 @@
+"""Packed sequences whose first visible and most recent tokens stay in full precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dense import attend_dense
+from .layout import PageLayout
+from .merge import merge_attended
+from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
+from .provider import Attended, Gathered
+from .sink_tokens import SinkTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How many tokens stay in full precision.
+
+    Args:
+        sink_tokens: first visible tokens of each sequence.
+        recent_tokens: last tokens; a token is packed once, when it leaves this window.
+        start_after: nothing is packed before a sequence has more tokens than this.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+    start_after: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            number = getattr(self, name)
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{name} is {number!r}; it must be a number of tokens, 0 for none")
+
+    def __bool__(self) -> bool:
+        return bool(self.sink_tokens or self.recent_tokens or self.start_after)
+
+    def unpacked(self, length: int, packed: int) -> int:
+        """How many of the last tokens stay unpacked when there are ``length``, of which ``packed`` are packed."""
+        if packed == 0 and length <= self.start_after:
+            return length
+        return min(self.recent_tokens, length - packed)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowedPast:
+    """What windowed sequences hold at one moment; see :class:`PackedPast`.
+
+    Attributes:
+        packed: all tokens but the recent ones.
+        sinks: the first visible tokens.
+        recent: keys and values ``[batch, kv_heads, length - packed.length, d]``.
+    """
+
+    packed: PackedPast
+    sinks: SinkTokens
+    recent: Gathered
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return self.packed.length + self.recent.keys.shape[2]
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
+        """As :meth:`PackedPast.read`; tokens in a window are exact."""
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"range {start}..{stop} leaves the cache, which holds {self.length} tokens")
+        border = self.packed.length
+        first = min(start, border)
+        old = self.sinks.overlay(self.packed.read(first, min(stop, border), dtype), first)
+        recent = slice(max(start - border, 0), max(stop - border, 0))
+        return Gathered(*(torch.cat((x, y[:, :, recent].to(dtype)), 2) for x, y in zip(old, self.recent, strict=True)))
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scaling: float,
+        seq_starts: Tensor | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Attended:
+        """As :meth:`PackedPast.attend`: packed and exact tokens apart, merged by log-sum-exp."""
+        self.packed.check_query(query, self.length)
+        starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
+        exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
+        if self.packed.length == 0:
+            return exact
+        return merge_attended(self._attend_packed(query, starts, window, scaling=scaling, softcap=softcap), exact)
+
+    def _positions(self, q_len: int) -> Tensor:
+        return torch.arange(self.length - q_len, self.length, device=self.sinks.starts.device)
+
+    def _attend_exact(
+        self,
+        query: Tensor,
+        starts: Tensor,
+        window: int | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Attended:
+        """Over the sinks that are not recent too, and the recent tokens."""
+        keys, values = (torch.cat(pair, 2) for pair in zip(self.sinks.kept, self.recent, strict=True))
+        center = self.packed.codec.key.center
+        if center is not None:
+            # Packed scores lack the centre, and both parts must lack it to be merged.
+            keys = keys.float() - center.unsqueeze(1)
+        visible = self._visible(starts, window, query.shape[2])
+        out, lse = attend_dense(query, keys, values, visible, scaling=scaling, softcap=softcap, sinks=sinks)
+        return Attended(out.to(query.dtype), lse)
+
+    def _visible(self, starts: Tensor, window: int | None, q_len: int) -> Tensor:
+        """Bool ``[batch, q_len, sinks + recent]``."""
+        border, length = self.packed.length, self.length
+        first = self.sinks.positions()
+        # A sink that has not left the recent window would count twice.
+        first = torch.where(first < border, first, length)
+        recent = torch.arange(border, length, device=starts.device).expand(len(starts), -1)
+        key = torch.cat((first, recent), 1).unsqueeze(1)
+        query = self._positions(q_len).view(1, -1, 1)
+        visible = (key <= query) & (key >= starts.view(-1, 1, 1))
+        return visible if window is None else visible & (key > query - window)
+
+    def _attend_packed(
+        self, query: Tensor, starts: Tensor, window: int | None, *, scaling: float, softcap: float | None
+    ) -> Attended:
+        border, q_len = self.packed.length, query.shape[2]
+        if self.sinks.count:
+            starts = torch.maximum(starts, self.sinks.starts + self.sinks.count).clamp(max=border)
+        if border == self.length:
+            return self.packed.attend(query, scaling=scaling, seq_starts=starts.int(), window=window, softcap=softcap)
+        # Queries stand beyond the last packed token, each at its own distance: each is a sequence of its own.
+        positions = self._positions(q_len)
+        lengths = (positions + 1).clamp(max=border).repeat(len(starts))
+        first = starts.repeat_interleave(q_len)
+        if window is not None:
+            first = torch.maximum(first, (positions - window + 1).repeat(len(starts)))
+        return self.packed.attend_rows(
+            query, lengths.int(), torch.minimum(first, lengths).int(), scaling=scaling, softcap=softcap
+        )
+
+
+class WindowedSequences:
+    """As :class:`PackedSequences`, with windows of exact tokens.
+
+    Args:
+        packed: an empty store; owned from now on.
+        windows: what stays exact.
+    """
+
+    def __init__(self, packed: PackedSequences, windows: Windows) -> None:
+        self.packed = packed
+        self.windows = windows
+        self._start_over()
+
+    def _start_over(self) -> None:
+        lead = (self.packed.batch, self.layout.kv_heads, 0)
+        self.recent = Gathered(
+            *(
+                torch.zeros((*lead, vector.head_dim), dtype=self.packed.dtype, device=self.packed.device)
+                for vector in (self.layout.key, self.layout.value)
+            )
+        )
+        self.sinks = SinkTokens(self.windows.sink_tokens, *self.recent)
+
+    @property
+    def layout(self) -> PageLayout:
+        """The page layout."""
+        return self.packed.layout
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return self.packed.length + self.recent.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor, seq_starts: Tensor | None = None) -> None:
+        """Add tokens; pack those that leave the recent window.
+
+        Args:
+            keys: see :meth:`PackedSequences.append`.
+            values: see :meth:`PackedSequences.append`.
+            seq_starts: integer ``[batch]``, first visible position of each sequence (left padding), as far as it is
+                known; a sequence without a visible token so far has the number of its tokens, these included.
+
+        Raises:
+            ValueError: wrong shape or dtype; nothing is added then.
+        """
+        self.packed.check(keys, values)
+        keys, values = (x.to(self.packed.dtype) for x in (keys, values))
+        self.sinks.place(seq_starts, self.length)
+        self.sinks.take(keys, values, self.length)
+        held = Gathered(*(torch.cat(pair, 2) for pair in zip(self.recent, (keys, values), strict=True)))
+        kept = self.windows.unpacked(self.length + keys.shape[2], self.packed.length)
+        leaving = held.keys.shape[2] - kept
+        if leaving:
+            self.packed.append(held.keys[:, :, :leaving], held.values[:, :, :leaving])
+            # A view would keep the whole prompt alive.
+            held = Gathered(*(x[:, :, leaving:].clone() for x in held))
+        self.recent = held
+
+    def past(self) -> WindowedPast:
+        """What is held now."""
+        return WindowedPast(self.packed.past(), self.sinks.snapshot(), self.recent)
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens; those that are packed stay so.
+
+        Raises:
+            ValueError: ``length`` is negative or more than is held.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop to {length} tokens: the cache holds {self.length}")
+        border = min(self.packed.length, length)
+        self.recent = Gathered(*(x[:, :, : length - border].clone() for x in self.recent))
+        self.packed.crop(border)
+
+    def select(self, indices: Tensor) -> None:
+        """See :meth:`PackedSequences.select`."""
+        indices = indices.to(self.packed.device)
+        self.packed.select(indices)
+        self.recent = Gathered(*(x.index_select(0, indices) for x in self.recent))
+        self.sinks = self.sinks.select(indices)
+
+    def memory(self) -> MemoryFigures:
+        """True bytes: pages, and the exact tokens of both windows (sinks are packed too)."""
+        exact = sum(x.nbytes for x in self.recent)
+        return self.packed.memory() + MemoryFigures(exact + self.sinks.nbytes, exact + self.sinks.nbytes, exact)
+
+    def reset(self) -> None:
+        """Forget every token and free the pages."""
+        self.packed.reset()
+        self._start_over()
+
+    def move(self, device: torch.device | str) -> None:
+        """Move everything to ``device``: see :meth:`PackedSequences.move`."""
+        self.packed.move(device)
+        self.recent = Gathered(*(x.to(device) for x in self.recent))
+        self.sinks = self.sinks.to(device)
