@@ -26,6 +26,8 @@ def _layout_reason(layout: PageLayout) -> str | None:
         if vector.head_dim > _LARGEST_HEAD_DIM or vector.head_dim % _HEAD_DIM_MULTIPLE:
             return f"head_dim is {vector.head_dim}, needs a multiple of {_HEAD_DIM_MULTIPLE} up to {_LARGEST_HEAD_DIM}"
         if isinstance(vector, VectorLayout) and vector.is_mixed:
+            return f"{vector.bits} bits, these kernels read one code width per vector: use 2, 3 or 4 bits"
+        if isinstance(vector, VectorLayout) and vector.is_mixed:
             return f"bits is {vector.bits}; these kernels read codes of one width: 2, 3 or 4 bits"
     return None
 
