@@ -1,24 +1,48 @@
-"""What vLLM calls when it loads its general plug-ins."""
+"""What vLLM calls in each of its processes when it loads its general plug-ins."""
 
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
+from importlib.util import find_spec
 
-BACKEND_NAME = "FUSED_TURBOQUANT"
+from .compat import ATTENTION_MODULE, CPU_PLATFORM_MODULE, missing
+from .importing import when_imported
+from .registration import BACKEND_NAME, override_native, register_name
 
-_logger = logging.getLogger(__name__)
+OVERRIDE_VARIABLE = "TURBOQUANT_OVERRIDE_NATIVE"
+
+_logger = logging.getLogger("vllm.turboquant")
 
 
 @cache
 def register() -> None:
-    """Say once in each process that the attention backend ``FUSED_TURBOQUANT`` is not there yet.
+    """Make ``FUSED_TURBOQUANT`` an attention backend of this vLLM.
 
-    vLLM itself is left as it is and keeps running; calling again does nothing. Nothing is imported and no device is
-    touched.
+    Calling again does nothing. No device is touched, kernels and attention layers are not imported, and nothing is
+    raised: on a vLLM that cannot serve packed pages a warning says why, and vLLM is left as it is. With
+    ``TURBOQUANT_OVERRIDE_NATIVE=1`` the ``turboquant_*`` cache types of vLLM are served by this backend too.
     """
-    _logger.warning(
-        "turboquant-vllm registers no attention backend yet: %s cannot be chosen, and vLLM runs unchanged. "
-        "Uninstall turboquant-vllm to silence this message.",
-        BACKEND_NAME,
-    )
+    try:
+        reason = _register()
+    except Exception as error:  # noqa: BLE001 - an exception here would keep every vLLM of this machine from starting
+        reason = repr(error)
+    if reason is not None:
+        _logger.warning("%s is not available, vLLM runs unchanged: %s", BACKEND_NAME, reason)
+
+
+def _register() -> str | None:
+    if find_spec("vllm") is None:
+        return "vLLM is not installed"
+    reason = missing()
+    if reason is not None:
+        return f"this vLLM is too old or too new for it, {reason}"
+    from .hooks import wrap_attention, wrap_cpu_platform
+
+    register_name()
+    if os.environ.get(OVERRIDE_VARIABLE) == "1":
+        override_native()
+    when_imported(ATTENTION_MODULE, wrap_attention)
+    when_imported(CPU_PLATFORM_MODULE, wrap_cpu_platform)
+    return None

@@ -1,0 +1,178 @@
+"""Attention of one layer over its packed pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionImpl
+
+from turboquant_core import CacheCodec
+
+from .errors import UnsupportedError
+from .limits import check_center, check_engine, check_layer_arguments
+from .metadata import PackedRows, StepMetadata
+from .packing import LayerShape
+from .plan import PromptPlan
+from .prompts import PromptAttention
+from .raw_attention import RawAttention, Scoring, flash_attention, torch_attention
+from .scratch import Scratch
+from .setup import LayerSetup, engine_device, set_up_layer
+
+
+class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
+    """What vLLM calls for each layer: first :meth:`do_kv_cache_update`, then :meth:`forward`.
+
+    Raises:
+        UnsupportedError: the layer asks for something that would have to be ignored; names it.
+    """
+
+    supports_quant_query_input: bool = False
+    supports_pcp: bool = False
+    supports_dcp: bool = False
+    can_return_lse_for_decode: bool = False
+
+    setup: LayerSetup
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        check_layer_arguments(
+            alibi_slopes=alibi_slopes,
+            kv_cache_dtype=kv_cache_dtype,
+            attn_type=attn_type,
+            sliding_window=sliding_window,
+            extra=extra,
+        )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+        self.scoring = Scoring(self.scale, sliding_window, logits_soft_cap or None)
+        self._codecs: dict[int, CacheCodec] = {}
+
+    def set_up(self, layer: Any, vllm_config: Any) -> None:
+        """Choose bits and kernels once the layer has its name; ``layer`` is the ``Attention`` that owns this.
+
+        Raises:
+            OptionError: an option does not fit the model.
+            UnsupportedError: the layer cannot be packed.
+            ProviderError: no kernel provider fits.
+        """
+        check_engine(vllm_config)
+        if getattr(layer, "head_size_v", self.head_size) != self.head_size:
+            raise UnsupportedError(
+                f"layer {layer.layer_name} has keys of {self.head_size} and values of {layer.head_size_v} "
+                "coordinates; packed pages serve equal sizes: serve this model with another --attention-backend"
+            )
+        shape = LayerShape(self.num_kv_heads, self.head_size, layer.dtype.itemsize)
+        name = self.kv_sharing_target_layer_name or layer.layer_name
+        self.setup = set_up_layer(vllm_config, name, self.num_heads, shape, layer.dtype)
+        check_center(self.setup.options, self.scoring.softcap, self.sinks)
+        on_cpu = engine_device().type == "cpu"
+        self._attention: RawAttention = torch_attention if on_cpu else flash_attention(self.head_size)
+        self._scratch = Scratch.of(vllm_config, self.setup)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Pack new keys and values ``[tokens, kv_heads, head_dim]`` into their slots; slot -1 is skipped."""
+        if kv_cache.numel() == 0:
+            return
+        pages, codec = self._pages(kv_cache)
+        tokens = slot_mapping.shape[0]
+        self.setup.provider.store(key[:tokens], value[:tokens], pages, slot_mapping, codec)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        attn_metadata: StepMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the step's tokens, written to ``output`` ``[tokens, q_heads, head_dim]``.
+
+        ``key`` is None, or not used, where the layer reads another layer's pages. Without metadata (vLLM measures its
+        memory) only the scratch memory is touched.
+        """
+        if attn_metadata is None:
+            self._scratch.reserve(query)
+            return output.fill_(0)
+        pages, codec = self._pages(kv_cache)
+        if attn_metadata.packed is not None:
+            self._attend_packed(query, pages, codec, attn_metadata.packed, output)
+        if attn_metadata.prompts is not None:
+            self._attend_prompts(query, key, value, pages, codec, attn_metadata.prompts, output)
+        return output
+
+    def _attend_packed(self, query: Tensor, pages: Tensor, codec: CacheCodec, rows: PackedRows, output: Tensor) -> None:
+        self.setup.provider.attend(
+            query[: rows.tokens],
+            pages,
+            rows.block_table,
+            rows.seq_lens,
+            codec,
+            scaling=self.scoring.scaling,
+            query_start_loc=rows.query_start_loc,
+            window=self.scoring.window,
+            softcap=self.scoring.softcap,
+            sinks=self.sinks,
+            out=output[: rows.tokens],
+            workspace=self._scratch.workspace(rows.tokens, rows.seq_lens.shape[0]),
+        )
+
+    def _attend_prompts(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        pages: Tensor,
+        codec: CacheCodec,
+        plan: PromptPlan,
+        output: Tensor,
+    ) -> None:
+        tokens = slice(plan.first_token, plan.first_token + plan.tokens)
+        attention = PromptAttention(self._attention, self.scoring, self.setup.provider, codec, pages, self.sinks)
+        from_pages = self.kv_sharing_target_layer_name is not None or self.setup.options.prefill == "packed"
+        if from_pages or key is None or value is None:
+            attention.attend_packed(query[tokens], plan, output[tokens])
+        else:
+            attention.attend_raw(query[tokens], key[tokens], value[tokens], plan, output[tokens])
+
+    def _pages(self, kv_cache: Tensor) -> tuple[Tensor, CacheCodec]:
+        """Pages behind vLLM's view ``[blocks, kv_heads, block_size, token_bytes]``, and their codecs.
+
+        Raises:
+            UnsupportedError: vLLM laid the blocks out in a way that packed pages cannot be read in.
+        """
+        blocks, heads, page_size, token_bytes = kv_cache.shape
+        if not kv_cache.is_contiguous():
+            raise UnsupportedError(
+                f"vLLM's KV cache has strides {kv_cache.stride()} for shape {tuple(kv_cache.shape)}; packed pages need "
+                "the blocks of a layer one after the other: leave VLLM_KV_CACHE_LAYOUT unset, and give layers that "
+                "share a block equal bits"
+            )
+        if page_size not in self._codecs:
+            self._codecs[page_size] = self.setup.codec(page_size)
+        return kv_cache.view(torch.uint8).view(blocks, heads, page_size * token_bytes), self._codecs[page_size]

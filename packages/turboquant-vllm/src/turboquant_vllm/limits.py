@@ -1,0 +1,54 @@
+"""What a layer may ask for, and the message where it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import UnsupportedError
+from .options import Options
+
+ELSEWHERE = "serve this model with another --attention-backend"
+
+
+def check_layer_arguments(
+    *, alibi_slopes: Any, kv_cache_dtype: str, attn_type: str, sliding_window: int | None, extra: dict[str, Any]
+) -> None:
+    """Raise ``UnsupportedError`` for arguments of an attention layer that packed attention would have to ignore."""
+    if alibi_slopes is not None:
+        raise UnsupportedError(f"ALiBi slopes are not supported over packed pages: {ELSEWHERE}")
+    if attn_type != "decoder":
+        raise UnsupportedError(f"attention type {attn_type!r} has no packed pages: {ELSEWHERE}")
+    if kv_cache_dtype not in ("auto", "float16", "bfloat16") and not kv_cache_dtype.startswith("turboquant_"):
+        raise UnsupportedError(
+            f"the KV cache type is {kv_cache_dtype!r}; packed pages replace it: pass --kv-cache-dtype auto, or "
+            "bfloat16 where the checkpoint asks for fp8"
+        )
+    unknown = sorted(name for name, value in extra.items() if value not in (None, False))
+    if unknown:
+        raise UnsupportedError(f"this model's attention takes {', '.join(unknown)}, not supported here: {ELSEWHERE}")
+    if sliding_window is not None:
+        check_sliding_window()
+
+
+def check_sliding_window() -> None:
+    """Raise ``UnsupportedError`` on a vLLM that cannot give sliding-window layers packed pages."""
+    from .compat import backend_sizes_pages
+
+    if not backend_sizes_pages():
+        raise UnsupportedError("sliding-window layers can be packed from vLLM 0.28 on: upgrade vLLM, or " + ELSEWHERE)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise ``UnsupportedError`` for parallelism that splits a sequence over ranks."""
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise UnsupportedError(f"{name} is {size}; packed pages work with 1: use tensor parallelism")
+
+
+def check_center(options: Options, softcap: float | None, sinks: Any) -> None:
+    """Raise ``UnsupportedError`` for centred keys where a constant added to all scores changes the result."""
+    if options.key_centers is not None and (softcap is not None or sinks is not None):
+        name = "a soft-cap" if softcap is not None else "attention sinks"
+        raise UnsupportedError(f"turboquant.key_centers does not work for a model with {name}: drop it")

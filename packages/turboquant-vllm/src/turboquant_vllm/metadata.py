@@ -1,0 +1,97 @@
+"""What attention needs to know about a step, built once for all layers of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from .errors import UnsupportedError
+from .plan import PromptPlan, prompt_plan
+from .report import announce
+from .setup import engine_captures
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Rows whose few new tokens are attended to from the pages, where they have just been stored.
+
+    Attributes:
+        tokens: their tokens, the first of the step.
+        block_table: int32 ``[rows, max_pages]``.
+        seq_lens: int32 ``[rows]``, new tokens included; 0 for a padded row.
+        query_start_loc: int32 ``[rows + 1]``; None when all rows have the same number of tokens.
+    """
+
+    tokens: int
+    block_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetadata(AttentionMetadata):  # type: ignore[misc]
+    """Decoding rows, which come first, and prompt rows; None where a step has none."""
+
+    packed: PackedRows | None
+    prompts: PromptPlan | None
+
+
+class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: ignore[misc]
+    """Builder of :class:`StepMetadata`."""
+
+    # Decoding rows of equal length are one captured call; prompts are planned on the host.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        announce(vllm_config)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """``UNIFORM_BATCH`` when the provider of every layer may be captured, else ``NEVER``."""
+        return cls._cudagraph_support if engine_captures(vllm_config) else AttentionCGSupport.NEVER
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepMetadata:
+        """Metadata of a step; vLLM passes these arguments by name in some versions.
+
+        Raises:
+            UnsupportedError: attention is not causal.
+        """
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise UnsupportedError(
+                "attention over packed pages is causal; this model or its draft model asks for other"
+            )
+        decoding = split_decodes_and_prefills(common, decode_threshold=self.reorder_batch_threshold)[0]
+        starts = common.query_start_loc_cpu.tolist()
+        prompts = None
+        if decoding < common.num_reqs:
+            prompts = prompt_plan(starts, _lengths(common, decoding), common.block_table_tensor, decoding)
+        return StepMetadata(_packed_rows(common, decoding, starts) if decoding else None, prompts)
+
+
+def _packed_rows(common: Any, rows: int, starts: list[int]) -> PackedRows:
+    tokens = starts[rows]
+    equal = tokens % rows == 0 and starts[: rows + 1] == list(range(0, tokens + 1, max(tokens // rows, 1)))
+    return PackedRows(
+        tokens,
+        common.block_table_tensor[:rows],
+        common.seq_lens[:rows],
+        None if equal else common.query_start_loc[: rows + 1],
+    )
+
+
+def _lengths(common: Any, first_row: int) -> list[int]:
+    """Tokens of each sequence on the host."""
+    bound = getattr(common, "seq_lens_cpu_upper_bound", None)
+    prefilling = getattr(common, "is_prefilling", None)
+    # The bound is exact for prompts; a verified draft that came after a prompt may have been shortened on the device.
+    exact = prefilling is None or bool(prefilling[first_row : common.num_reqs].all())
+    lengths = bound if bound is not None and exact else common.seq_lens.cpu()
+    return [int(length) for length in lengths[: common.num_reqs]]

@@ -1,0 +1,110 @@
+"""Attention of new tokens: over their own keys and values as they came, and over what the pages held before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turboquant_core import Attended, CacheCodec, KernelProvider, merge_attended
+
+from .plan import PromptPlan, PromptRow
+from .raw_attention import RawAttention, Scoring
+
+MERGE_TOKENS = 2048
+"""Tokens merged at a time: the merge works in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAttention:
+    """Prompts of one layer.
+
+    Attributes:
+        attention: over keys and values that are not packed.
+        scoring: of the layer.
+        provider: reads the pages.
+        codec: of the pages.
+        pages: uint8 ``codec.layout.pages_shape(num_pages)``.
+        sinks: float ``[q_heads]`` or None.
+    """
+
+    attention: RawAttention
+    scoring: Scoring
+    provider: KernelProvider
+    codec: CacheCodec
+    pages: Tensor
+    sinks: Tensor | None
+
+    def attend_raw(self, query: Tensor, key: Tensor, value: Tensor, plan: PromptPlan, out: Tensor) -> None:
+        """New tokens see one another as they came, and the context from the pages.
+
+        Args:
+            query: ``[tokens, q_heads, head_dim]``, the prompt tokens of the step.
+            key: ``[tokens, kv_heads, head_dim]``.
+            value: the same.
+            plan: of the step.
+            out: ``[tokens, q_heads, head_dim]``, written.
+        """
+        lse = self.attention(query, key, value, plan.bounds, plan.bounds, self.scoring, causal=True, out=out).lse
+        for row in plan.rows:
+            part = slice(row.first, row.last)
+            if row.context and self.scoring.window is not None:
+                own = self._windowed(query[part], key[part], value[part], row, plan)
+                out[part], lse[part] = own.out, own.lse
+            else:
+                self._add_context(query[part], out[part], lse[part], row, plan)
+        self._add_sinks(out, lse)
+
+    def attend_packed(self, query: Tensor, plan: PromptPlan, out: Tensor) -> None:
+        """New tokens see everything from the pages, themselves included; arguments as in :meth:`attend_raw`."""
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        for row in plan.rows:
+            part = slice(row.first, row.last)
+            key, value = self._read(row, row.context, row.length, plan, query.dtype)
+            if self.scoring.window is not None:
+                own = self._windowed(query[part], key, value, row, plan)
+                out[part], lse[part] = own.out, own.lse
+                continue
+            own_span = plan.span(row.last - row.first)
+            own = self.attention(query[part], key, value, own_span, own_span, self.scoring, causal=True)
+            out[part], lse[part] = own.out, own.lse
+            self._add_context(query[part], out[part], lse[part], row, plan)
+        self._add_sinks(out, lse)
+
+    def _add_context(self, query: Tensor, out: Tensor, lse: Tensor, row: PromptRow, plan: PromptPlan) -> None:
+        for start, stop in row.pieces():
+            key, value = self._read(row, start, stop, plan, query.dtype)
+            queries, keys = plan.span(query.shape[0]), plan.span(stop - start)
+            seen = self.attention(query, key, value, queries, keys, self.scoring, causal=False)
+            for part in _parts(query.shape[0]):
+                merged = merge_attended(Attended(out[part], lse[part]), Attended(seen.out[part], seen.lse[part]))
+                out[part], lse[part] = merged.out, merged.lse
+
+    def _windowed(self, query: Tensor, key: Tensor, value: Tensor, row: PromptRow, plan: PromptPlan) -> Attended:
+        """Context and new tokens in one call: each query sees another part of the context."""
+        start = max(row.context - (self.scoring.window or 0) + 1, 0)
+        if start < row.context:
+            before_key, before_value = self._read(row, start, row.context, plan, query.dtype)
+            key, value = torch.cat((before_key, key)), torch.cat((before_value, value))
+        queries, keys = plan.span(query.shape[0]), plan.span(key.shape[0])
+        return self.attention(query, key, value, queries, keys, self.scoring, causal=True)
+
+    def _read(
+        self, row: PromptRow, start: int, stop: int, plan: PromptPlan, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Decoded keys and values ``[stop - start, kv_heads, head_dim]`` of one sequence."""
+        table = plan.block_table[row.row : row.row + 1]
+        keys, values = self.provider.gather(self.pages, table, self.codec, start=start, stop=stop, dtype=dtype)
+        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+    def _add_sinks(self, out: Tensor, lse: Tensor) -> None:
+        if self.sinks is not None:
+            # A sink only enlarges the denominator: exp(lse) / (exp(lse) + exp(sink)).
+            out.mul_(torch.sigmoid(lse - self.sinks.float()).unsqueeze(-1).to(out.dtype))
+
+
+def _parts(tokens: int) -> Iterator[slice]:
+    for start in range(0, tokens, MERGE_TOKENS):
+        yield slice(start, start + MERGE_TOKENS)

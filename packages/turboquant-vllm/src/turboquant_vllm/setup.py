@@ -1,0 +1,158 @@
+"""What each attention layer of an engine gets, decided while the model is built and before its weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant_core import CacheCodec, KernelProvider, KernelRequest, LayoutError, PageLayout
+
+from .centers import read_center
+from .errors import OptionError, UnsupportedError
+from .kernels import graph_safe, provider_for, shared_codec
+from .options import LayerBits, LayerChoice, Options, read_options
+from .packing import LayerShape, layer_count, layer_index
+
+NATIVE_PREFIX = "turboquant_"
+_NATIVE_BITS = {
+    "turboquant_4bit_nc": LayerBits(4, 4),
+    "turboquant_k3v4_nc": LayerBits(3, 4),
+    "turboquant_3bit_nc": LayerBits(3, 3),
+}
+
+
+def engine_options(vllm_config: Any) -> Options:
+    """Options of an engine; the bits are those of the cache type where a ``turboquant_*`` one is taken over.
+
+    Raises:
+        OptionError: see :func:`read_options`.
+        UnsupportedError: a cache type without a counterpart here.
+    """
+    options = read_options(vllm_config.additional_config, os.environ)
+    cache_dtype = str(vllm_config.cache_config.cache_dtype)
+    if not cache_dtype.startswith(NATIVE_PREFIX):
+        return options
+    if cache_dtype not in _NATIVE_BITS:
+        raise UnsupportedError(
+            f"cache type {cache_dtype} has no counterpart in packed pages; taken over are {', '.join(_NATIVE_BITS)}"
+        )
+    return replace(options, default=_NATIVE_BITS[cache_dtype])
+
+
+def layer_choice(options: Options, vllm_config: Any, layer_name: str) -> LayerChoice:
+    """Bits of a layer, or that it stays uncompressed.
+
+    Raises:
+        OptionError: the options name a layer that the model does not have.
+    """
+    return options.layer(layer_index(layer_name), layer_count(vllm_config))
+
+
+def engine_device() -> torch.device:
+    """Device on which this process runs its model."""
+    from vllm.platforms import current_platform
+
+    kind = current_platform.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSetup:
+    """Everything about a layer that does not depend on its pages.
+
+    Attributes:
+        name: of the layer whose pages are read.
+        shape: of a token.
+        bits: widths of the codes.
+        options: of the engine.
+        provider: who packs and attends.
+        request: what the provider was asked for.
+        center: float32 ``[kv_heads, head_dim]`` or None.
+    """
+
+    name: str
+    shape: LayerShape
+    bits: LayerBits
+    options: Options
+    provider: KernelProvider
+    request: KernelRequest
+    center: Tensor | None
+
+    def codec(self, page_size: int) -> CacheCodec:
+        """Codecs of pages of ``page_size`` tokens, on the device."""
+        options, layout = self.options, self.page_layout(page_size)
+        if self.center is None:
+            return shared_codec(layout, options.seed, options.key_scale, options.value_scale, self.request.device)
+        return CacheCodec.create(
+            layout,
+            seed=options.seed,
+            key_scale=options.key_scale,
+            value_scale=options.value_scale,
+            center=self.center,
+            device=self.request.device,
+        )
+
+    def page_layout(self, page_size: int) -> PageLayout:
+        """Layout of pages of ``page_size`` tokens."""
+        return self.shape.page_layout(self.bits, page_size)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token and KV head."""
+        return self.shape.token_bytes(self.bits)
+
+
+def set_up_layer(vllm_config: Any, layer_name: str, q_heads: int, shape: LayerShape, dtype: torch.dtype) -> LayerSetup:
+    """Choose bits and provider of a layer, reading its key center if there is one.
+
+    Raises:
+        OptionError: an option does not fit the model.
+        UnsupportedError: the layer cannot be packed; names it.
+        ProviderError: no kernel provider fits.
+    """
+    options = engine_options(vllm_config)
+    bits = layer_choice(options, vllm_config, layer_name)
+    if not isinstance(bits, LayerBits):
+        raise OptionError(f"layer {layer_name} shares pages that are packed and cannot itself be uncompressed")
+    try:
+        # Whether a rotation exists is known only when one is built.
+        layout = CacheCodec.create(shape.page_layout(bits)).layout
+    except LayoutError as error:
+        raise UnsupportedError(
+            f"layer {layer_name} cannot be packed: {error}. Name it in turboquant.layers as 'uncompressed'"
+        ) from error
+    request = KernelRequest(layout, engine_device(), dtype, q_heads // shape.kv_heads)
+    provider = provider_for(request, options.provider)
+    center = _center(vllm_config, options, layer_name, shape)
+    return LayerSetup(layer_name, shape, bits, options, provider, request, center)
+
+
+def _center(vllm_config: Any, options: Options, layer_name: str, shape: LayerShape) -> Tensor | None:
+    index = layer_index(layer_name)
+    if options.key_centers is None or index is None or index >= layer_count(vllm_config):
+        return None
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    all_heads = vllm_config.model_config.get_total_num_kv_heads()
+    # Fewer heads than ranks: neighbouring ranks hold the same one.
+    first = get_tensor_model_parallel_rank() * all_heads // ranks
+    return read_center(options.key_centers, index, shape.head_dim, shape.kv_heads, first, all_heads)
+
+
+def packed_layers(vllm_config: Any) -> Iterator[LayerSetup]:
+    """Setups of the layers of this process that have pages of their own."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        setup = getattr(getattr(layer, "impl", None), "setup", None)
+        if isinstance(setup, LayerSetup) and layer.layer_name == setup.name:
+            yield setup
+
+
+def engine_captures(vllm_config: Any) -> bool:
+    """Whether the providers of all packed layers may be captured in CUDA graphs."""
+    return all(graph_safe(setup.provider) for setup in packed_layers(vllm_config))
