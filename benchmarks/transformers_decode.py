@@ -1,0 +1,177 @@
+"""Decode speed and memory of Transformers' caches and of packed ones, on one model, in one run.
+
+The model has the shape of Qwen3-8B and random weights: speed and memory do not depend on them. For each batch and
+context every cache gets the same random prompt in one forward pass, then decodes token by token. Reported are tokens
+per second of the whole batch (median step), peak memory of the prompt and of decoding, and bytes of keys and values.
+A cache that cannot run is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from contenders import Contender, contenders, stored_bytes
+from report import table, write_json
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from turboquant_hf.compat import CACHE_ARGUMENT
+
+HERE = Path(__file__).parent
+WARM_UP = 3
+CASES = ((1, 4096), (8, 4096), (1, 32768), (8, 32768), (1, 131072))
+QUICK_CASES = ((1, 64), (2, 64))
+# Qwen3-8B's config.json.
+SHAPE = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 131072 + 1024,
+    "rope_theta": 1000000,
+}
+QUICK_SHAPE = SHAPE | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+
+
+def random_model(shape: dict[str, Any], device: torch.device) -> Any:
+    """A model in bfloat16 with random weights, made on ``device``."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@contextmanager
+def peak_memory(device: torch.device, into: dict[str, Any], name: str) -> Iterator[None]:
+    """Note the most bytes that were allocated within the block; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    if device.type == "cuda":
+        into[name] = torch.cuda.max_memory_allocated()
+
+
+def decode(model: Any, cache: Any, token: Tensor, steps: int) -> list[float]:
+    """Seconds of each of ``steps`` greedy steps after :data:`WARM_UP` more."""
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        start = time.perf_counter()
+        token = model(token, **{CACHE_ARGUMENT: cache}).logits[:, -1].argmax(-1, keepdim=True)
+        token.cpu()  # as a stopping criterion does: a step ends when its token is known
+        seconds.append(time.perf_counter() - start)
+    return seconds[WARM_UP:]
+
+
+@torch.inference_mode()
+def measure(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dict[str, Any]:
+    """Figures of one cache on one prompt ``[batch, context]``."""
+    row: dict[str, Any] = {}
+    device = prompt.device
+    with contender.prepare(model) as cache:
+        with peak_memory(device, row, "prompt_peak_bytes"):
+            start = time.perf_counter()
+            logits = model(prompt, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            token.cpu()
+            row["prompt_seconds"] = time.perf_counter() - start
+        with peak_memory(device, row, "decode_peak_bytes"):
+            seconds = median(decode(model, cache, token, steps))
+        row["tokens_per_second"] = prompt.shape[0] / seconds
+        row["kv_bytes"] = stored_bytes(cache)
+    return row
+
+
+def attempt(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dict[str, Any]:
+    """:func:`measure`, or the reason why there are no figures."""
+    if contender.absent is not None:
+        return {"reason": contender.absent}
+    try:
+        return measure(model, contender, prompt, steps)
+    except Exception as error:  # noqa: BLE001 - a rival's failure is a result, and is printed
+        return {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    finally:
+        gc.collect()
+        if prompt.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def compare(model: Any, cases: tuple[tuple[int, int], ...], steps: int) -> list[dict[str, Any]]:
+    """One row for each case and contender."""
+    rows = []
+    for batch, context in cases:
+        generator = torch.Generator().manual_seed(context)
+        prompt = torch.randint(2, model.config.vocab_size, (batch, context), generator=generator).to(model.device)
+        for contender in contenders():
+            row = {"batch": batch, "context": context, "cache": contender.name}
+            row |= attempt(model, contender, prompt, steps)
+            rows.append(row)
+            print({key: value for key, value in row.items() if value is not None}, flush=True)
+    return rows
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f}"
+
+
+def decode_table(rows: list[dict[str, Any]]) -> str:
+    """Figures of all rows, speed relative to the ordinary cache of the same case too."""
+    lines, stock = [], {}
+    for row in rows:
+        case = (row["batch"], row["context"])
+        speed = row.get("tokens_per_second")
+        stock.setdefault(case, speed)
+        shown = ["-", "-"]
+        if speed is not None:
+            shown = [f"{speed:.1f}", f"{speed / stock[case]:.2f}x" if stock[case] else "-"]
+        peaks = [_gib(row.get(name)) for name in ("prompt_peak_bytes", "decode_peak_bytes", "kv_bytes")]
+        lines.append([f"{case[0]} x {case[1]}", row["cache"], *shown, *peaks, row.get("reason", "")])
+    header = ["batch x context", "cache", "tokens/s", "against stock", "prompt peak GiB", "decode peak GiB", "KV GiB"]
+    return table([*header, "not run because"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, on any machine; its figures mean nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=32, help="timed decode steps of each case")
+    parser.add_argument("--cases", nargs="+", help="batchxcontext, such as 1x4096 8x32768")
+    parser.add_argument("--json", type=Path, help="default: results/transformers_decode.json; none with --quick")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type != "cuda" and not arguments.quick:
+        raise SystemExit("no CUDA device: these figures are of a GPU; --quick tries the script on a CPU")
+    cases = QUICK_CASES if arguments.quick else CASES
+    if arguments.cases:
+        cases = tuple((int(batch), int(context)) for batch, context in (c.split("x") for c in arguments.cases))
+    torch.manual_seed(0)
+    model = random_model(QUICK_SHAPE if arguments.quick else SHAPE, device)
+    rows = compare(model, cases, arguments.steps)
+    print("\n" + decode_table(rows))
+    target = arguments.json or (None if arguments.quick else HERE / "results" / "transformers_decode.json")
+    if target is not None:
+        write_json(target, {"shape": SHAPE if not arguments.quick else QUICK_SHAPE, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

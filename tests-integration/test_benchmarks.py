@@ -1,0 +1,57 @@
+"""The benchmarks that have a quick mode run in it, and their files say what was run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str) -> str:
+    """Output of a benchmark; its end is in the assertion when it fails."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, f"benchmarks/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def decoding(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """Output and JSON of the shortest run of ``transformers_decode.py``."""
+    target = tmp_path_factory.mktemp("decoding") / "decode.json"
+    arguments = ("--quick", "--device", "cpu", "--steps", "2", "--cases", "1x64")
+    return run("transformers_decode.py", *arguments, "--json", str(target)), json.loads(target.read_text())
+
+
+def test_decoding_of_transformers_caches(decoding: tuple[str, dict[str, Any]]) -> None:
+    output, written = decoding
+    assert written["command"].startswith("python benchmarks/transformers_decode.py --quick")
+    rows = {row["cache"]: row for row in written["results"]["rows"]}
+    assert set(rows) <= {line.split(" | ")[1] for line in output.splitlines() if line.startswith("| 1 x")}
+    stock = rows["DynamicCache bf16"]["kv_bytes"]
+    for bits, least in ((4, 3.8), (3, 5.0), (2, 7.3)):
+        packed = rows[f"turboquant {bits} bit"]
+        assert packed["tokens_per_second"] > 0
+        assert stock / packed["kv_bytes"] > least
+
+
+@pytest.mark.parametrize("name", ["optimum-quanto", "hqq", "fused-turboquant"])
+def test_an_absent_rival_is_named(name: str, decoding: tuple[str, dict[str, Any]]) -> None:
+    try:
+        pytest.skip(f"{name} {version(name)} is installed")
+    except PackageNotFoundError:
+        assert f"{name} is not installed" in decoding[0]
+
+
+def test_figures_of_a_gpu_are_not_made_on_a_cpu() -> None:
+    with pytest.raises(AssertionError, match="no CUDA device"):
+        run("transformers_decode.py", "--device", "cpu")
