@@ -207,3 +207,16 @@ def test_bad_input() -> None:
             past.attend(torch.zeros(shape), scaling=0.1)
     with pytest.raises(ValueError, match="multiple of 2"):
         past.attend(torch.zeros(2, 3, 1, 64), scaling=0.1)
+
+
+def test_exported_pages_can_be_adopted() -> None:
+    sequences, other = filled(37), store()
+    pages = sequences.export()
+    assert pages.shape == (3, 2, *LAYOUT.pages_shape(0)[1:])
+    other.adopt(pages, 37)
+    assert torch.equal(read(other.past()), read(sequences.past()))
+    other.append(*vectors(3))
+    assert sequences.length == 37
+    for wrong, length in ((pages, 16), (pages.float(), 37), (pages[:, :1], 37)):
+        with pytest.raises(ValueError, match="tokens need uint8"):
+            other.adopt(wrong, length)

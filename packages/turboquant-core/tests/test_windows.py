@@ -273,3 +273,36 @@ def test_bad_tensors_add_nothing() -> None:
     with pytest.raises(ValueError, match="the cache has batch 2 and 5 tokens"):
         sequences.past().attend(torch.zeros(2, 4, 6, 32), scaling=1.0)
     assert sequences.length == 5
+
+
+def test_dropped_pages_leave_what_follows() -> None:
+    sequences = store(Windows(0, 5))
+    sequences.append(*vectors(2, 60, 0))
+    past = sequences.past()
+    before = torch.cat(past.read(32, 60, torch.float32), -1)
+    sequences.drop(2)
+    assert (sequences.length, past.length) == (28, 60)
+    assert torch.equal(torch.cat(sequences.past().read(0, 28, torch.float32), -1), before)
+    assert sequences.packed.memory().allocated == 2 * 2 * 2 * LAYOUT.chunk_bytes
+    sequences.append(*vectors(2, 30, 1))
+    assert torch.equal(torch.cat(sequences.past().read(0, 23, torch.float32), -1), before[:, :, :23])
+    with pytest.raises(ValueError, match="cannot drop 4 pages: 53 tokens fill 3"):
+        sequences.drop(4)
+    with pytest.raises(ValueError, match="the first 2 tokens are sinks"):
+        store(Windows(2)).drop(0)
+
+
+def test_moved_pages_come_back() -> None:
+    """The meta device shows that every tensor moves, where no second device is."""
+    sequences = store(Windows(2, 4))
+    sequences.append(*vectors(2, 20, 0))
+    sequences.move("meta")
+    kept = (
+        sequences.past().packed.pages,
+        sequences.past().packed.block_table,
+        *sequences.recent,
+        *sequences.sinks.kept,
+    )
+    assert {tensor.device.type for tensor in (*kept, sequences.sinks.starts)} == {"meta"}
+    assert sequences.device.type == "meta"
+    assert sequences.codec.key.device.type == "cpu"

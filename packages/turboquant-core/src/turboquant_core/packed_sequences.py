@@ -166,7 +166,7 @@ class PackedSequences:
         self.provider = provider
         self.dtype = dtype
         self.length = 0
-        self._pages = torch.zeros(self.layout.pages_shape(0), dtype=torch.uint8, device=self.device)
+        self._pages = torch.zeros(self.layout.pages_shape(0), dtype=torch.uint8, device=codec.key.device)
         self._block_table = self._table(batch, 0)
 
     @property
@@ -176,8 +176,8 @@ class PackedSequences:
 
     @property
     def device(self) -> torch.device:
-        """Where the pages live."""
-        return self.codec.key.device
+        """Where the pages are."""
+        return self._pages.device
 
     @property
     def batch(self) -> int:
@@ -239,10 +239,41 @@ class PackedSequences:
         self._block_table = self._table(self.batch, 0)
 
     def move(self, device: torch.device | str) -> None:
-        """Move pages and codecs to ``device``; while they are where the provider cannot work, only move them back."""
-        self.codec = self.codec.to(device)
+        """Move the pages; nothing but another move works while they are not where the codec is."""
         self._pages = self._pages.to(device)
         self._block_table = self._block_table.to(device)
+
+    def drop(self, pages: int) -> None:
+        """Forget the first ``pages`` full pages of every sequence: later tokens move to the front.
+
+        Raises:
+            ValueError: not that many pages are full.
+        """
+        if not 0 <= pages <= self.length // self.layout.page_size:
+            raise ValueError(
+                f"cannot drop {pages} pages: {self.length} tokens fill {self.length // self.layout.page_size}"
+            )
+        self._pages = self._pages[pages * self.batch :].clone()
+        self._block_table = self._table(self.batch, self._block_table.shape[1] - pages)
+        self.length -= pages * self.layout.page_size
+
+    def export(self) -> Tensor:
+        """Pages in use, uint8 ``[pages, batch, kv_heads, chunk_bytes]``."""
+        used = self.layout.pages_for(self.length)
+        return self._pages[: used * self.batch].view(used, self.batch, *self._pages.shape[1:])
+
+    def adopt(self, pages: Tensor, length: int) -> None:
+        """Take over what :meth:`export` gave, on the device of the codec.
+
+        Raises:
+            ValueError: ``pages`` has not the shape that ``length`` tokens of this store need.
+        """
+        expected = (self.layout.pages_for(length), self.batch, *self.layout.pages_shape(0)[1:])
+        if tuple(pages.shape) != expected or pages.dtype != torch.uint8:
+            raise ValueError(f"pages are {pages.dtype} {tuple(pages.shape)}; {length} tokens need uint8 {expected}")
+        self._pages = pages.flatten(0, 1).to(self.codec.key.device, copy=True)
+        self._block_table = self._table(self.batch, expected[0])
+        self.length = length
 
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Raise ``ValueError`` unless both may be appended."""

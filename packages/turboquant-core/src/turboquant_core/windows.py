@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .codec import CacheCodec
 from .dense import attend_dense
 from .layout import PageLayout
 from .merge import merge_attended
 from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
-from .provider import Attended, Gathered
+from .provider import Attended, Gathered, KernelProvider
 from .sink_tokens import SinkTokens
 
 
@@ -67,6 +68,21 @@ class WindowedPast:
         """Tokens of each sequence."""
         return self.packed.length + self.recent.keys.shape[2]
 
+    @property
+    def codec(self) -> CacheCodec:
+        """Codecs of the packed tokens."""
+        return self.packed.codec
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.packed.block_table.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.packed.pages.device
+
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
         """As :meth:`PackedPast.read`; tokens in a window are exact."""
         if not 0 <= start <= stop <= self.length:
@@ -88,6 +104,10 @@ class WindowedPast:
         sinks: Tensor | None = None,
     ) -> Attended:
         """As :meth:`PackedPast.attend`: packed and exact tokens apart, merged by log-sum-exp."""
+        if not self.sinks.count and not self.recent.keys.shape[2]:
+            return self.packed.attend(
+                query, scaling=scaling, seq_starts=seq_starts, window=window, softcap=softcap, sinks=sinks
+            )
         self.packed.check_query(query, self.length)
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
         exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
@@ -178,6 +198,26 @@ class WindowedSequences:
         return self.packed.layout
 
     @property
+    def codec(self) -> CacheCodec:
+        """Codecs of the packed tokens."""
+        return self.packed.codec
+
+    @property
+    def provider(self) -> KernelProvider:
+        """Who packs and attends."""
+        return self.packed.provider
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.packed.batch
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.packed.device
+
+    @property
     def length(self) -> int:
         """Tokens of each sequence."""
         return self.packed.length + self.recent.keys.shape[2]
@@ -194,6 +234,9 @@ class WindowedSequences:
         Raises:
             ValueError: wrong shape or dtype; nothing is added then.
         """
+        if not self.windows:
+            self.packed.append(keys, values)
+            return
         self.packed.check(keys, values)
         keys, values = (x.to(self.packed.dtype) for x in (keys, values))
         self.sinks.place(seq_starts, self.length)
@@ -222,6 +265,16 @@ class WindowedSequences:
         border = min(self.packed.length, length)
         self.recent = Gathered(*(x[:, :, : length - border].clone() for x in self.recent))
         self.packed.crop(border)
+
+    def drop(self, pages: int) -> None:
+        """Forget the first ``pages`` packed pages: see :meth:`PackedSequences.drop`; not together with sinks.
+
+        Raises:
+            ValueError: there are sinks, or not that many pages are full.
+        """
+        if self.sinks.count:
+            raise ValueError(f"the first {self.sinks.count} tokens are sinks, which stay: nothing can be dropped")
+        self.packed.drop(pages)
 
     def select(self, indices: Tensor) -> None:
         """See :meth:`PackedSequences.select`."""
