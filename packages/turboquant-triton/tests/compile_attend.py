@@ -64,4 +64,5 @@ if __name__ == "__main__":
     capability, head_dim = (int(argument) for argument in sys.argv[1:])
     for name, kernel, constants, types, options in launches(head_dim, capability >= 90):
         binary = compiled_for(kernel, signature(kernel, constants, **types), constants, capability, **options)
-        print(json.dumps({"name": name, **resources(binary)}), flush=True)
+        copies = binary.asm["ttgir"].count("ttg.async_copy_global_to_local")
+        print(json.dumps({"name": name, "copies": copies, **resources(binary)}), flush=True)

@@ -37,11 +37,16 @@ def test_compiles_and_fits(capability: int, head_dim: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 160, 192, 256])
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
 def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None:
     records = compile_all(capability, head_dim, "compile_attend.py")
     assert len(records) == 10
     assert all(int(record["shared"]) <= SHARED_MEMORY[capability] for record in records)
+    if head_dim in (64, 128, 256):
+        # Tiles come by asynchronous copies: two of them (four at 3 bits), before the loop and in it.
+        tiles = {record["name"]: int(record["copies"]) for record in records if "permute" in str(record["name"])}
+        assert all(copies % 2 == 0 and copies >= 4 for copies in tiles.values())
+        assert tiles["permute 3/3"] == 2 * tiles["permute 4/4"]
     if (capability, head_dim) == (90, 128):
         assert not [record for record in records if record["stack"] and "portable" not in str(record["name"])]

@@ -84,6 +84,32 @@ def load_columns(row, column, valid, FULL: tl.constexpr):
 
 
 @triton.jit
+def plane_offset(column, plane, PLANE: tl.constexpr, RUN: tl.constexpr):
+    """Where in a 3-bit row a tile reads ``column``, when runs of ``RUN`` entries of two planes take turns.
+
+    The hints say what the compiler does not see behind divisions and remainders; without them, planes of more than one
+    run are loaded entry by entry, and the loop is not pipelined.
+    """
+    offset = plane * PLANE + (column // (2 * RUN)) * RUN + column % RUN
+    return tl.multiple_of(tl.max_contiguous(offset, RUN), min(PLANE & -PLANE, RUN))
+
+
+@triton.jit
+def plane_mask(column, PLANE: tl.constexpr, RUN: tl.constexpr):
+    """Columns of :func:`plane_offset` that lie in their plane."""
+    inside = (column // (2 * RUN)) * RUN + column % RUN
+    return tl.max_constancy(inside < PLANE, min(PLANE & -PLANE, RUN))
+
+
+@triton.jit
+def first_of_two(column, PLANE: tl.constexpr, RUN: tl.constexpr):
+    """Columns of the first of the two planes that take turns; those of the other are made in registers."""
+    inside = (column // (2 * RUN)) * RUN + column % RUN
+    first = (inside < PLANE) & ((column % (2 * RUN)) // RUN == 0)
+    return tl.max_constancy(first, min(PLANE & -PLANE, RUN))
+
+
+@triton.jit
 def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
     """int32 ``[tokens, N]``: ``sum_i key_byte_i * query_i`` for the code rows at ``row`` (pointers to int8)."""
     if BITS == 4:
@@ -98,12 +124,10 @@ def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
     elif BITS == 3:
         PLANE: tl.constexpr = D // 8
         column = tl.arange(0, 2 * triton.next_power_of_2(max(PLANE, 16)))
-        byte3 = (column // 32) * 16 + column % 16
         second = (column % 32) // 16
         FULL3: tl.constexpr = triton.next_power_of_2(max(PLANE, 16)) == PLANE
-        front = load_columns(row, second * PLANE + byte3, byte3 < PLANE, FULL3)
-        # The other half of this tile is made in registers.
-        back = load_columns(row, 2 * PLANE + byte3, (byte3 < PLANE) & (second == 0), False)
+        front = load_columns(row, plane_offset(column, second, PLANE, 16), plane_mask(column, PLANE, 16), FULL3)
+        back = load_columns(row, plane_offset(column, 2, PLANE, 16), first_of_two(column, PLANE, 16), False)
         low_f, high_f, low_b, high_b = tl.inline_asm_elementwise(
             KEY3, KEY3_CONSTRAINTS, [front, back], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=16
         )
@@ -177,11 +201,10 @@ def add_values(output, row, seen, weight, decay, BITS: tl.constexpr, D: tl.const
         PLANE: tl.constexpr = D // 16
         LINES3: tl.constexpr = 2 * triton.next_power_of_2(max(PLANE, 8))
         line3 = tl.arange(0, LINES3)
-        word3 = (line3 // 16) * 8 + line3 % 8
         second = (line3 % 16) // 8
-        front = load_rows(row, second * PLANE + word3, word3 < PLANE, LINES3 == 2 * PLANE)
-        # The other half of this tile is made in registers.
-        back = load_rows(row, 2 * PLANE + word3, (word3 < PLANE) & (second == 0), False)
+        FULL3: tl.constexpr = LINES3 == 2 * PLANE
+        front = load_rows(row, plane_offset(line3, second, PLANE, 8), plane_mask(line3, PLANE, 8), FULL3)
+        back = load_rows(row, plane_offset(line3, 2, PLANE, 8), first_of_two(line3, PLANE, 8), False)
         f0, f1, f2, f3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             VALUE3, VALUE3_CONSTRAINTS, [front, back], dtype=(tl.float16,) * 8, is_pure=True, pack=4
         )
