@@ -67,7 +67,7 @@ class Codec:
             ValueError: unknown scale rule, or ``center`` has another shape or is not finite.
         """
         check_scale_rule(scale_rule)
-        _check_center(center, layout.head_dim)
+        check_center_shape(center, layout.head_dim)
         tables = [format_codebook(layout.form, part.width).tensors(device) for part in layout.parts]
         return cls(
             layout=layout,
@@ -111,7 +111,8 @@ class Codec:
         )
 
 
-def _check_center(center: Tensor | None, head_dim: int) -> None:
+def check_center_shape(center: Tensor | None, head_dim: int) -> None:
+    """Raise ``ValueError`` unless ``center`` is None or finite float ``[kv_heads, head_dim]``."""
     if center is None:
         return
     if center.dim() != 2 or center.shape[-1] != head_dim or not center.is_floating_point():
@@ -161,7 +162,7 @@ class CacheCodec:
             LayoutError: a head_dim has no known Hadamard matrix, or ``center`` does not fit ``kv_heads``.
             ValueError: unknown scale rule, or ``center`` has another shape or is not finite.
         """
-        _check_center(center, layout.key.head_dim)
+        check_center_shape(center, layout.key.head_dim)
         if center is not None and center.shape[0] != layout.kv_heads:
             raise LayoutError(f"center has {center.shape[0]} rows; the layout has kv_heads = {layout.kv_heads}")
         key = Codec.create(layout.key, seed=seed, stream=KEY_STREAM, scale_rule=key_scale, center=center, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
 
 from .errors import LayoutError
 
@@ -25,6 +25,14 @@ WIDEST_ALIGNMENT = 16
 Form: TypeAlias = Literal["int8", "cubic"]
 """How levels are produced at read time: ``int8`` (byte lookup, keys), ``cubic`` (half polynomial, values)."""
 FORMS: tuple[Form, ...] = get_args(Form)
+
+
+class RowLayout(Protocol):
+    """Any layout of one vector."""
+
+    @property
+    def head_dim(self) -> int:
+        """Coordinates of a vector."""
 
 
 def _check_head_dim(head_dim: int) -> None:

@@ -12,36 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
+from .bits import pack_bits, unpack_bits
 from .codebook import lloyd_max
+from .gaussian import normal_numbers
 from .rotation import rotate, rotation_signs, unrotate
 
 PROD_BITS = (1, 2, 3, 4)
 
 
 def gaussian_projection(head_dim: int, seed: int) -> Tensor:
-    """The matrix ``S`` of independent N(0, 1) entries (Algorithm 2): float32 ``[head_dim, head_dim]``, row-major.
-
-    Entry ``i`` is the normal quantile of ``(u_i + 1/2) / 2**53``, ``u_i`` the top 53 bits of output ``i`` of
-    Philox 4x64-10 with the key ``seed``: NumPy keeps the outputs of a bit generator, not those of its ``normal``.
+    """The matrix ``S`` of independent N(0, 1) entries (Algorithm 2): float32 ``[head_dim, head_dim]``, row-major from
+    :func:`turboquant_core.gaussian.normal_numbers`.
     """
-    outputs = np.random.Philox(key=seed).random_raw(head_dim * head_dim) >> np.uint64(11)
-    normal = ndtri((outputs.astype(np.float64) + 0.5) * 2.0**-53)
+    normal = normal_numbers(head_dim * head_dim, seed)
     return torch.from_numpy(normal.reshape(head_dim, head_dim).astype(np.float32))
-
-
-def _pack_bits(planes: Tensor) -> Tensor:
-    """Bool ``[..., n]`` with ``n`` a multiple of 8 to uint8 ``[..., n / 8]``, least significant bit first."""
-    weights = torch.tensor([1 << i for i in range(8)], device=planes.device)
-    return (planes.reshape(*planes.shape[:-1], planes.shape[-1] // 8, 8) * weights).sum(-1).to(torch.uint8)
-
-
-def _unpack_bits(packed: Tensor) -> Tensor:
-    """Inverse of :func:`_pack_bits`."""
-    shifts = torch.arange(8, device=packed.device)
-    return (((packed.unsqueeze(-1) >> shifts) & 1) == 1).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +97,8 @@ class TurboQuantProd:
         residual = unit - self._stage_one(codes)
         planes = torch.cat([(codes >> plane) & 1 for plane in range(self.bits - 1)] or [codes[..., :0]], dim=-1)
         return ProdTensor(
-            codes=_pack_bits(planes == 1),
-            signs=_pack_bits(residual @ self._projection.T > 0),
+            codes=pack_bits(planes == 1),
+            signs=pack_bits(residual @ self._projection.T > 0),
             norm=norm,
             residual=residual.norm(dim=-1),
         )
@@ -157,7 +143,7 @@ class TurboQuantProd:
                 f"packed holds {stored[0]} bytes of codes and {stored[1]} of signs a vector; this quantizer with"
                 f" head_dim {self.head_dim} and {self.bits} bits reads only what a like one encoded"
             )
-        planes = _unpack_bits(packed.codes).unflatten(-1, (self.bits - 1, self.head_dim)).long()
+        planes = unpack_bits(packed.codes).unflatten(-1, (self.bits - 1, self.head_dim)).long()
         shifts = torch.arange(self.bits - 1, device=planes.device).unsqueeze(-1)
         codes: Tensor = (planes << shifts).sum(-2)
         return codes
@@ -168,7 +154,7 @@ class TurboQuantProd:
     @staticmethod
     def _residual_signs(packed: ProdTensor) -> Tensor:
         """+-1, float32 ``[..., head_dim]``."""
-        return _unpack_bits(packed.signs).to(torch.float32) * 2 - 1
+        return unpack_bits(packed.signs).to(torch.float32) * 2 - 1
 
     def _stage_one(self, codes: Tensor) -> Tensor:
         return unrotate(self._levels[codes] / math.sqrt(self.head_dim), self._rotation)

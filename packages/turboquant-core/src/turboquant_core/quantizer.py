@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .codec import KEY_STREAM, Codec
-from .layout import Form, VectorLayout
+from .layout import Form, RowLayout, VectorLayout
 from .provider import Packed
 from .reference import ReferenceProvider
 from .scale import ScaleRule
@@ -25,7 +25,7 @@ class CompressedTensor:
     """
 
     packed: Packed
-    layout: VectorLayout
+    layout: RowLayout
     dtype: torch.dtype
 
     @property

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..codec import Codec
+from ..layout import RowLayout
 from ..packing import pack_checked_codes, unpack_codes
 from ..provider import Packed
+from ..rotated import rotate_vectors
 from ..rotation import rotate, unrotate
-from ..scale import to_stored, vector_scale
 
 
 def encode(x: Tensor, codec: Codec) -> Packed:
@@ -27,29 +30,11 @@ def encode(x: Tensor, codec: Codec) -> Packed:
         ValueError: wrong dtype or shape, or ``x`` is on another device than the codec.
     """
     check_vectors(x, codec, "x")
-    x = x.to(torch.float32)
-    if codec.center is not None:
-        x = x - codec.center
-    finite = x.isfinite().all(-1, keepdim=True)
-    x = torch.where(finite, x, torch.zeros_like(x))
-    unit = _power_of_two(x)
-    rotated = rotate(x / unit, codec.signs)
-    codes = _nearest_codes(rotated, codec)
-    scale = vector_scale(rotated, codec.levels_of(codes), codec.scale_rule) * unit.squeeze(-1)
-    scale = torch.where(finite.squeeze(-1), scale, torch.full_like(scale, torch.nan))
-    codes = torch.where(finite, codes, torch.zeros_like(codes))
-    return Packed(pack_checked_codes(codes, codec.layout), to_stored(scale))
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """Power of two near each vector's largest coordinate: dividing by it is exact and keeps squares in range."""
-    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
-    return torch.ldexp(torch.ones_like(x[..., :1]), exponent)
-
-
-def _nearest_codes(rotated: Tensor, codec: Codec) -> Tensor:
-    rms = rotated.square().mean(-1, keepdim=True).sqrt()
-    return codec.nearest_codes(rotated / torch.where(rms > 0, rms, torch.ones_like(rms)))
+    vectors = rotate_vectors(x, codec.signs, codec.center)
+    codes = codec.nearest_codes(vectors.unit_variance())
+    scale = vectors.stored_scale(codec.levels_of(codes), codec.scale_rule)
+    codes = torch.where(vectors.finite, codes, torch.zeros_like(codes))
+    return Packed(pack_checked_codes(codes, codec.layout), scale)
 
 
 def decode_rotated(packed: Packed, codec: Codec) -> Tensor:
@@ -81,7 +66,23 @@ def scores(query: Tensor, packed: Packed, codec: Codec, scaling: float) -> Tenso
     return scaling * (rotated @ decode_rotated(packed, codec).transpose(-1, -2))
 
 
-def check_vectors(x: Tensor, codec: Codec, name: str) -> None:
+class VectorCodec(Protocol):
+    """What :func:`check_vectors` asks of a codec."""
+
+    @property
+    def layout(self) -> RowLayout:
+        """Layout of a packed vector."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the codec's tensors."""
+
+    @property
+    def center(self) -> Tensor | None:
+        """float32 ``[kv_heads, head_dim]``, or None."""
+
+
+def check_vectors(x: Tensor, codec: VectorCodec, name: str) -> None:
     """Raise ``ValueError`` unless ``x`` is float ``[..., head_dim]`` on the codec's device."""
     head_dim = codec.layout.head_dim
     if not x.is_floating_point():
