@@ -165,7 +165,26 @@ def tests_core_minimums(session: nox.Session) -> None:
 def tests_triton(session: nox.Session) -> None:
     """The Triton kernels on a CPU, through Triton's interpreter."""
     tests = f"{folder('triton')}/tests"
-    run_in_dev(session, "-m", "pytest", *PARALLEL, tests, *session.posargs, TRITON_INTERPRET="1")
+    run_in_dev(session, "-m", "pytest", *PARALLEL, "-m", "not slow", tests, *session.posargs, TRITON_INTERPRET="1")
+
+
+@nox.session(name="tests-triton-slow", venv_backend="none", requires=["dev"], default=False)
+def tests_triton_slow(session: nox.Session) -> None:
+    """What tests-triton leaves out: the full products, and compilation for every GPU generation."""
+    tests = f"{folder('triton')}/tests"
+    run_in_dev(session, "-m", "pytest", *PARALLEL, "-m", "slow", tests, *session.posargs, TRITON_INTERPRET="1")
+
+
+@nox.session(name="tests-triton-minimums", default=False, reuse_venv=False)
+def tests_triton_minimums(session: nox.Session) -> None:
+    """Conformance and compilation for every GPU generation with the oldest supported Triton."""
+    core = f"{folder('core')}[testing]"
+    constraints = Path("constraints-minimums.txt")
+    install(session, "-e", core, "-e", folder("triton"), *triton(), "pytest-xdist", constraints=constraints)
+    tests = [f"{folder('triton')}/tests/test_{name}.py" for name in ("compile", "conformance")]
+    environment = {**TEST_ENVIRONMENT, "TRITON_INTERPRET": "1"}
+    session.run("python", "-m", "pytest", *PARALLEL, *tests, *session.posargs, env=environment)
+    discard_environment(session)
 
 
 @nox.session(name="tests-hf")

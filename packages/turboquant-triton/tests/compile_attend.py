@@ -52,7 +52,8 @@ def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any],
         raw = {"KEY_INT8": True, "VALUE_INT8": False, "RAW_BITS": 16 if value_bits == 16 else 0}
         portable = {**attention(key_bits, value_bits, dim, PORTABLE), **raw, "N": 16}
         types = {"query": "*fp32", "pages": "*u8"}
-        yield f"portable {key_bits}/{value_bits}", attend_portable_kernel, portable, types, {"num_warps": 4}
+        options = {"num_warps": PORTABLE.num_warps, "num_stages": PORTABLE.num_stages}
+        yield f"portable {key_bits}/{value_bits}", attend_portable_kernel, portable, types, options
     prepare = {"D": dim, **GROUPED, "N": 8, "BLOCK": 64, "QUANTIZE": True, "RAGGED": False, **SEEN, "PDL": newest}
     types = {"query": "*bf16"}
     yield "prepare", attend_prepare_kernel, prepare, types, {"num_warps": 8}

@@ -37,7 +37,7 @@ def test_compiles_and_fits(capability: int, head_dim: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
 def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None:
     records = compile_all(capability, head_dim, "compile_attend.py")
