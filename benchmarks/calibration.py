@@ -1,0 +1,64 @@
+"""What a short calibration text says about each layer: mean keys and the second moment of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scoring import FULL, Observer, log_probabilities
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Per layer, float32.
+
+    Attributes:
+        key_mean: ``[kv_heads, head_dim]``, after the position embedding.
+        query_moment: ``[kv_heads, head_dim, head_dim]``, ``E[q q^T]`` over tokens and the query heads of a KV head.
+        output_moment: the same shape, ``sum(W_o^T W_o)`` over those heads: it comes from the weights alone.
+        tokens: that were read.
+    """
+
+    key_mean: list[Tensor]
+    query_moment: list[Tensor]
+    output_moment: list[Tensor]
+    tokens: int
+
+
+class _Sums(Observer):
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.queries: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+
+    def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor) -> None:
+        layer, heads = module.layer_idx, key.shape[1]
+        rows = query.float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
+        self.queries[layer] = self.queries.get(layer, 0) + rows.mT @ rows / rows.shape[1]
+        self.keys[layer] = self.keys.get(layer, 0) + key.float().mean((0, 2))
+        if layer not in self.outputs:
+            self.outputs[layer] = _output_moment(module, heads, query.shape[-1])
+
+
+def _output_moment(module: torch.nn.Module, kv_heads: int, head_dim: int) -> Tensor:
+    projection = getattr(module, "o_proj", None)
+    if projection is None:
+        raise SystemExit(f"{type(module).__name__} has no o_proj, whose weight says which errors of values matter")
+    weight = projection.weight.detach().float().unflatten(1, (kv_heads, -1, head_dim))
+    return torch.einsum("ohgd,ohge->hde", weight, weight)
+
+
+def calibrate(model: Any, rows: list[Tensor]) -> Calibration:
+    """Read ``rows`` of token ids in full precision; ``model`` is prepared (:func:`scoring.prepare`)."""
+    sums = _Sums()
+    for ids in rows:
+        log_probabilities(model, ids.unsqueeze(0), FULL, sums)
+    layers = sorted(sums.keys)
+    return Calibration(
+        key_mean=[sums.keys[i] / len(rows) for i in layers],
+        query_moment=[sums.queries[i] / len(rows) for i in layers],
+        output_moment=[sums.outputs[i] for i in layers],
+        tokens=sum(len(ids) for ids in rows),
+    )

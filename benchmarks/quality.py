@@ -1,0 +1,233 @@
+"""What codecs of keys and values cost a model: KL divergence against full precision, per true bit.
+
+MODEL is a Hugging Face folder with causal attention, TEXT any text. Every scored token is predicted by attention that
+reads quantised keys and values in every layer (`scoring.py`); `--sweep` picks the questions. Rivals are measured in the
+same run; hqq and quanto where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from calibration import calibrate
+from quality_codecs import Codecs
+from quality_rivals import rivals
+from quality_sweeps import SWEEPS
+from report import table, version, write_json
+from scoring import FULL, NAME, Method, Sums, prepare, score, windows
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+TINY = ROOT / "examples" / "models" / "tiny"
+CONSTITUTION = ROOT / "examples" / "data" / "constitution.txt"
+BITS_AT = 4096
+"""Tokens at which true bits are stated: full-precision windows weigh less in longer contexts."""
+AGREEMENT_BITS = (4, 3, 2)
+COLUMNS = ("method", "bits", "KL", "standard error", "loss %", "bits per byte", "same top")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the sweeps share.
+
+    Attributes:
+        model: prepared.
+        rows: windows of token ids ``[context]``.
+        bytes_per_token: of the text.
+        codecs: for this model.
+    """
+
+    model: Any
+    rows: list[Tensor]
+    bytes_per_token: float
+    codecs: Codecs
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model in float32, so that nothing but the codec rounds, and tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval(), tokenizer
+
+
+def token_ids(tokenizer: Any, text: str) -> Tensor:
+    """Ids ``[n]`` of a text of any length."""
+    return torch.tensor(tokenizer(text, verbose=False).input_ids)
+
+
+def calibration_rows(arguments: argparse.Namespace, tokenizer: Any, ids: Tensor) -> list[Tensor]:
+    """Windows that no score is taken from: of another text, or of the same one behind the scored ones."""
+    if arguments.calibration.resolve() == arguments.text.resolve():
+        rest = ids[arguments.windows * arguments.context :]
+    else:
+        rest = token_ids(tokenizer, arguments.calibration.read_text(encoding="utf-8"))
+    return windows(rest, arguments.context)[: arguments.calibration_windows]
+
+
+def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
+    """Load, cut, calibrate; also the settings for the JSON."""
+    model, tokenizer = load(arguments.model)
+    text = arguments.text.read_text(encoding="utf-8")[: arguments.characters]
+    ids = token_ids(tokenizer, text)
+    rows = windows(ids, arguments.context)[: arguments.windows]
+    prepare(model)
+    calibration = calibrate(model, calibration_rows(arguments, tokenizer, ids))
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    codecs = Codecs(config.num_hidden_layers, head_dim, arguments.seed, calibration)
+    scored = tokenizer.decode(torch.cat(rows))
+    settings = {
+        "model": arguments.model.resolve().name,
+        "model_sha256": digest(arguments.model / "model.safetensors"),
+        "text": arguments.text.name,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "calibration": f"{arguments.calibration.name}, {calibration.tokens} tokens",
+        "context": arguments.context,
+        "tokens": sum(len(row) for row in rows),
+        "seed": arguments.seed,
+        "bits_at": BITS_AT,
+        "absent": rivals(arguments.seed)[1],
+        "rivals": {name: version(name) for name in ("hqq", "optimum-quanto")},
+    }
+    return Setup(model, rows, len(scored.encode()) / sum(len(row) for row in rows), codecs), settings
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none (weights in several files)."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def row_of(method: Method, sums: Sums, base: Sums, setup: Setup) -> dict[str, Any]:
+    """Figures of one method."""
+    spread = torch.tensor(sums.by_window, dtype=torch.float64)
+    return {
+        "method": method.name,
+        "family": method.family,
+        "bits": method.bits(setup.codecs.head_dim, setup.codecs.layers, BITS_AT),
+        "KL": sums.kl / sums.tokens,
+        "standard error": float(spread.std(correction=1) / len(spread) ** 0.5) if len(spread) > 1 else None,
+        "loss %": 100 * (sums.loss / base.loss - 1),
+        "bits per byte": sums.loss / sums.tokens / math.log(2) / setup.bytes_per_token,
+        "perplexity": math.exp(sums.loss / sums.tokens),
+        "same top": sums.same_top / sums.tokens,
+    }
+
+
+def run_sweep(setup: Setup, name: str, rows: list[Tensor]) -> list[dict[str, Any]]:
+    """Figures of a sweep's methods, full precision first."""
+    methods = SWEEPS[name](setup.codecs)
+    sums = score(setup.model, rows, methods)
+    return [row_of(method, sums[method.name], sums[FULL.name], setup) for method in (FULL, *methods)]
+
+
+def agreement(setup: Setup) -> list[dict[str, Any]]:
+    """The packed cache of turboquant-hf in chunks, beside one pass over the same codec, on the first window.
+
+    A cache's first call attends to its tokens in full precision; with a first call of one token both are the same
+    computation, but for rounding.
+    """
+    sys.path.insert(0, str(ROOT / "examples"))
+    from comparison import Sample, make_cache
+    from comparison import score as score_through_cache
+
+    ids, found = setup.rows[0].unsqueeze(0), []
+    sample = Sample(ids[:, :1], ids[:, 1:], 0)
+    for bits in AGREEMENT_BITS:
+        setup.model.set_attn_implementation("sdpa")
+        packed = score_through_cache(setup.model, make_cache(setup.model, bits), sample, lambda _: None).unsqueeze(0)
+        make_cache(setup.model, None)
+        setup.model.set_attn_implementation(NAME)
+        method = replace(setup.codecs.default("", bits), prompt=1)
+        one_pass = score(setup.model, [ids[0]], [method], given={"packed cache": packed})
+        found.append({"bits": bits, **{name or "one pass": sums.kl / sums.tokens for name, sums in one_pass.items()}})
+    return found
+
+
+def plot(rows: list[dict[str, Any]], target: Path, title: str) -> None:
+    """KL divergence against true bits per coordinate, one line for each family."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for family in dict.fromkeys(row["family"] for row in rows if row["family"]):
+        points = sorted((row["bits"], row["KL"]) for row in rows if row["family"] == family)
+        ours = family.startswith("turboquant")
+        axes.semilogy(*zip(*points, strict=True), "o-" if ours else "s--", label=family, linewidth=2 if ours else 1)
+    axes.set(xlabel="true bits per coordinate", ylabel="KL divergence (nats per token)", title=title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    """The command line, --quick resolved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", default=TINY)
+    parser.add_argument("text", type=Path, nargs="?", default=CONSTITUTION)
+    parser.add_argument("--calibration", type=Path, default=CONSTITUTION, help="text that is not scored")
+    parser.add_argument("--calibration-windows", type=int, default=6)
+    parser.add_argument("--characters", type=int, default=60_000, help="of the text")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=10**6, help="how many contexts to score")
+    parser.add_argument("--side-windows", type=int, default=4, help="the same for all sweeps but 'methods'")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--quick", action="store_true", help="'methods' on a few short windows, no files")
+    parser.add_argument("--json", type=Path, help="default: results/quality_MODEL.json")
+    parser.add_argument("--plot", type=Path, help="default: docs/images/quality_MODEL.png")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.sweep, arguments.windows, arguments.context = ["methods"], 2, 256
+    name = arguments.model.resolve().name
+    arguments.json = arguments.json or HERE / "results" / f"quality_{name}.json"
+    arguments.plot = arguments.plot or ROOT / "docs" / "images" / f"quality_{name}.png"
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    setup, settings = set_up(arguments)
+    results: dict[str, Any] = {"settings": settings, "sweeps": {}}
+    if settings["absent"]:
+        print(f"not installed, so absent: {', '.join(settings['absent'])}")
+    for name in arguments.sweep:
+        start = time.perf_counter()
+        rows = run_sweep(setup, name, setup.rows if name == "methods" else setup.rows[: arguments.side_windows])
+        results["sweeps"][name] = rows
+        print(f"\n{name.replace('_', ' ')} ({time.perf_counter() - start:.0f} s)\n")
+        print(table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows]), flush=True)
+        if not arguments.quick:
+            write_json(arguments.json, results)
+    if "methods" in results["sweeps"]:
+        finish(setup, results, arguments)
+
+
+def finish(setup: Setup, results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """The packed cache beside one pass, and the plot."""
+    rows = results["agreement"] = agreement(setup)
+    print("\nthrough the packed cache and in one pass\n")
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    if not arguments.quick:
+        write_json(arguments.json, results)
+        settings = results["settings"]
+        plot(results["sweeps"]["methods"], arguments.plot, f"{settings['model']}, {settings['text']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""This project's codecs as pairs of functions (:class:`scoring.VectorCodec`), every variant that a sweep asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from calibration import Calibration
+from scoring import Method, Raw, VectorCodec
+from torch import Tensor
+
+from turboquant_core import Codec, ReferenceProvider, VectorLayout
+from turboquant_core.codec import KEY_STREAM, VALUE_STREAM
+from turboquant_core.scale import ScaleRule
+from turboquant_core.shaping import shaped
+from turboquant_core.trellis import TurboQuantTrellis
+
+KEY_FORM, VALUE_FORM = "int8", "cubic"
+REFERENCE = ReferenceProvider()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The packed format: one codec for each layer."""
+
+    codecs: list[Codec]
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        codec, rows = self.codecs[layer], x.transpose(1, 2)
+        return REFERENCE.decode(REFERENCE.encode(rows, codec), codec).transpose(1, 2)
+
+    def vector_bytes(self, head_dim: int, layer: int) -> float:
+        return self.codecs[layer].layout.nbytes
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """The experimental trellis code: one quantizer for each layer."""
+
+    quantizers: list[TurboQuantTrellis]
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        quantizer, rows = self.quantizers[layer], x.transpose(1, 2)
+        return quantizer.decode(quantizer.encode(rows)).transpose(1, 2)
+
+    def vector_bytes(self, head_dim: int, layer: int) -> float:
+        return self.quantizers[layer].layout.nbytes
+
+
+@dataclass(frozen=True)
+class MeanOfFirst:
+    """Keys centred by the mean of the first ``tokens`` of their own sequence (None: of all of it), then coded."""
+
+    codec: VectorCodec
+    tokens: int | None
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        mean = x[:, :, : self.tokens].mean(2, keepdim=True)
+        return self.codec(x - mean, layer) + mean
+
+    def vector_bytes(self, head_dim: int, layer: int) -> float:
+        return self.codec.vector_bytes(head_dim, layer)
+
+
+@dataclass(frozen=True)
+class Offset:
+    """A model with key bias: every key carries the same vector, which softmax does not see, when it is stored."""
+
+    codec: VectorCodec
+    vectors: list[Tensor]
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        return self.codec(x + self.vectors[layer].unsqueeze(-2), layer)
+
+    def vector_bytes(self, head_dim: int, layer: int) -> float:
+        return self.codec.vector_bytes(head_dim, layer)
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """Another codec in each layer."""
+
+    codecs: list[VectorCodec]
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        return self.codecs[layer](x, layer)
+
+    def vector_bytes(self, head_dim: int, layer: int) -> float:
+        return self.codecs[layer].vector_bytes(head_dim, layer)
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """Makes codecs for a model.
+
+    Attributes:
+        layers: of the model.
+        head_dim: coordinates of a key and of a value.
+        seed: of the rotation.
+        calibration: of the model.
+    """
+
+    layers: int
+    head_dim: int
+    seed: int
+    calibration: Calibration
+
+    def key(
+        self,
+        bits: float,
+        rule: ScaleRule = "unbiased",
+        *,
+        center: list[Tensor] | None = None,
+        shape: bool = False,
+        seed_of: Callable[[int], int] | None = None,
+    ) -> Packed:
+        """The format's keys; ``center`` per layer, ``shape`` by the calibrated queries, ``seed_of`` a layer."""
+        weights = self.calibration.query_moment if shape else None
+        return self._packed(VectorLayout(self.head_dim, bits, KEY_FORM), rule, KEY_STREAM, center, weights, seed_of)
+
+    def value(
+        self,
+        bits: float,
+        rule: ScaleRule = "least_squares",
+        *,
+        shape: bool = False,
+        stream: int = VALUE_STREAM,
+        seed_of: Callable[[int], int] | None = None,
+    ) -> Packed:
+        """The format's values; ``shape`` by the output projection, with the unbiased scale that this takes."""
+        weights = self.calibration.output_moment if shape else None
+        layout = VectorLayout(self.head_dim, bits, VALUE_FORM)
+        return self._packed(layout, "unbiased" if shape else rule, stream, None, weights, seed_of)
+
+    def _packed(
+        self,
+        layout: VectorLayout,
+        rule: ScaleRule,
+        stream: int,
+        center: list[Tensor] | None,
+        weights: list[Tensor] | None,
+        seed_of: Callable[[int], int] | None,
+    ) -> Packed:
+        def of_layer(layer: int) -> Codec:
+            seed = self.seed if seed_of is None else seed_of(layer)
+            own = None if center is None else center[layer]
+            codec = Codec.create(layout, seed=seed, stream=stream, scale_rule=rule, center=own)
+            return codec if weights is None else shaped(codec, weights[layer])
+
+        return Packed([of_layer(layer) for layer in range(self.layers)])
+
+    def default(self, name: str, bits: float, family: str | None = None, **windows: int) -> Method:
+        """What a cache does without options."""
+        return Method(name, self.key(bits), self.value(bits), family, **windows)
+
+    def shaped(self, name: str, bits: float, family: str | None = None, **windows: int) -> Method:
+        """Shaped codes of keys and values, keys centred by the calibration's mean."""
+        key = self.key(bits, center=self.calibration.key_mean, shape=True)
+        return Method(name, key, self.value(bits, shape=True), family, **windows)
+
+    def trellis(self, name: str, bits: int, *, centre: bool = False) -> Method:
+        """Keys and values as trellis-coded sequences."""
+
+        def coded(rule: ScaleRule, stream: int, centers: list[Tensor] | None) -> Trellis:
+            own = [None] * self.layers if centers is None else centers
+            make = TurboQuantTrellis
+            return Trellis(
+                [make(self.head_dim, bits, self.seed, scale_rule=rule, stream=stream, center=c) for c in own]
+            )
+
+        key = coded("unbiased", KEY_STREAM, self.calibration.key_mean if centre else None)
+        return Method(name, key, coded("least_squares", VALUE_STREAM, None))
+
+    def slow_offset(self, times: float) -> list[Tensor]:
+        """Vectors ``[kv_heads, head_dim]`` on the slowest rotary channels, ``times`` the keys' mean norm.
+
+        Key biases of trained models (Qwen2 and its like) sit there, where the position embedding turns them least.
+        """
+        generator, found = torch.Generator().manual_seed(self.seed), []
+        slow = torch.arange(self.head_dim) % (self.head_dim // 2) >= self.head_dim // 2 - self.head_dim // 8
+        for mean in self.calibration.key_mean:
+            vector = torch.randn(mean.shape, generator=generator) * slow
+            found.append(vector / vector.norm(dim=-1, keepdim=True) * times * self.head_dim**0.5)
+        return found
+
+
+RAW = Raw()

@@ -1,0 +1,158 @@
+"""The questions that `quality.py` answers, each a list of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quality_codecs import RAW, ByLayer, Codecs, MeanOfFirst, Offset
+from quality_rivals import Textbook, rivals
+from scoring import Method
+
+WIDTHS = (4, 3, 2)
+WINDOWS_WITHIN_2_PERCENT = {4: (4, 24), 3: (4, 15), 2: (4, 8)}
+"""Sinks and recent tokens of 128 coordinates whose bytes add less than 2 % to 4096 tokens of each width."""
+PROMPT = 128
+OFFSET = 3.0
+
+
+def methods(codecs: Codecs) -> list[Method]:
+    """This project beside every rival."""
+    ours, experimental = "turboquant", "turboquant, shaped codes"
+    found = [codecs.default(f"{ours}, {bits:g} bit", bits, ours) for bits in (4, 3.5, 3, 2.5, 2)]
+    found += [codecs.shaped(f"{experimental}, {bits:g} bit", bits, experimental) for bits in (4, 3.5, 3, 2.5, 2)]
+    for bits, (sinks, recent) in WINDOWS_WITHIN_2_PERCENT.items():
+        windows = {"sinks": sinks, "recent": recent}
+        found.append(codecs.default(f"{ours}, {bits} bit, windows {sinks} + {recent}", bits, **windows))
+        found.append(codecs.shaped(f"{experimental}, {bits} bit, windows {sinks} + {recent}", bits, **windows))
+    return found + rivals(codecs.seed)[0]
+
+
+def trellis(codecs: Codecs) -> list[Method]:
+    """Sequences in place of one level per coordinate; values as they are and keys centred or not."""
+    found = []
+    for bits in (3, 2):
+        centred = codecs.key(bits, center=codecs.calibration.key_mean)
+        found += [
+            codecs.default(f"{bits} bit", bits),
+            codecs.trellis(f"{bits} bit, trellis", bits),
+            Method(f"{bits} bit, centred keys", centred, codecs.value(bits)),
+            codecs.trellis(f"{bits} bit, trellis, centred keys", bits, centre=True),
+            codecs.shaped(f"{bits} bit, shaped codes", bits),
+        ]
+    return found
+
+
+def scale_rules(codecs: Codecs) -> list[Method]:
+    """Each rule for keys with exact values, and for values with exact keys."""
+    rules = ("unbiased", "renorm", "least_squares", "norm")
+    keys = [Method(f"keys {b} bit, {rule}", codecs.key(b, rule), RAW) for b in WIDTHS for rule in rules]
+    values = [Method(f"values {b} bit, {rule}", RAW, codecs.value(b, rule)) for b in WIDTHS for rule in rules]
+    return keys + values
+
+
+def shaping(codecs: Codecs) -> list[Method]:
+    """What shaped codes bring to keys and to values."""
+    mean, found = codecs.calibration.key_mean, []
+    for bits in WIDTHS:
+        found += [
+            Method(f"keys {bits} bit", codecs.key(bits), RAW),
+            Method(f"keys {bits} bit, centred", codecs.key(bits, center=mean), RAW),
+            Method(f"keys {bits} bit, shaped", codecs.key(bits, shape=True), RAW),
+            Method(f"keys {bits} bit, centred, shaped", codecs.key(bits, center=mean, shape=True), RAW),
+            Method(f"values {bits} bit", RAW, codecs.value(bits)),
+            Method(f"values {bits} bit, shaped", RAW, codecs.value(bits, shape=True)),
+        ]
+    return found
+
+
+def signs(codecs: Codecs, bits: int = 3) -> list[Method]:
+    """One rotation for everything, one for keys and one for values, one for each layer too; three seeds each."""
+    found = []
+    for seed in range(codecs.seed, codecs.seed + 3):
+
+        def fixed(layer: int, seed: int = seed) -> int:
+            return seed
+
+        def own(layer: int, seed: int = seed) -> int:
+            return seed + 1000 * (layer + 1)
+
+        keys = codecs.key(bits, seed_of=fixed)
+        found += [
+            Method(f"seed {seed}: one", keys, codecs.value(bits, stream=0, seed_of=fixed)),
+            Method(f"seed {seed}: keys, values", keys, codecs.value(bits, seed_of=fixed)),
+            Method(f"seed {seed}: each layer", codecs.key(bits, seed_of=own), codecs.value(bits, seed_of=own)),
+        ]
+    return found
+
+
+def centring(codecs: Codecs) -> list[Method]:
+    """Where a fixed vector taken from every key comes from, on the model as it is and with a key bias."""
+    calibration, offset, found = codecs.calibration.key_mean, codecs.slow_offset(OFFSET), []
+    moved = [mean + vector for mean, vector in zip(calibration, offset, strict=True)]
+    for bits in (4, 3):
+        plain, values = codecs.key(bits), codecs.value(bits)
+        for label, wrap, mean in (
+            ("as it is", lambda codec: codec, calibration),
+            ("key bias", lambda codec: Offset(codec, offset), moved),
+        ):
+            for name, key in (
+                ("none", plain),
+                ("calibration text", codecs.key(bits, center=mean)),
+                (f"first {PROMPT} tokens", MeanOfFirst(plain, PROMPT)),
+                ("whole sequence", MeanOfFirst(plain, None)),
+            ):
+                found.append(Method(f"{bits} bit, {label}: {name}", wrap(key), values))
+        biased = Offset(Textbook(bits, codecs.seed, True), offset)
+        found.append(Method(f"{bits} bit, key bias: vLLM _nc keys", biased, values))
+    return found
+
+
+def windows(codecs: Codecs, bits: int = 3) -> list[Method]:
+    """First and last tokens in full precision."""
+    sizes = ((0, 0), (1, 0), (4, 0), (16, 0), (0, 16), (0, 64), (4, 16), (4, 64), (4, 128), (16, 128))
+    return [codecs.default(f"{s} sinks, {r} recent", bits, sinks=s, recent=r) for s, r in sizes]
+
+
+def keys_and_values(codecs: Codecs) -> list[Method]:
+    """Bits of keys against bits of values."""
+    pairs = ((4, 4), (4, 3), (3, 4), (4, 2), (3, 3), (2, 4), (3, 2), (2, 3), (2, 2))
+    found = [Method(f"keys {k}, values {v}", codecs.key(k), codecs.value(v)) for k, v in pairs]
+    found += [
+        Method(f"keys {k}, values {v}, shaped", codecs.shaped("", k).key, codecs.shaped("", v).value)
+        for k, v in ((4, 2), (3, 3), (2, 4), (3, 2), (2, 3))
+    ]
+    return found
+
+
+def boundary(codecs: Codecs) -> list[Method]:
+    """First and last layers kept wider, against the same bits spread evenly."""
+    n = codecs.layers
+
+    def wider(name: str, ends: int, inner: float, outer: float) -> Method:
+        bits = [outer if i < ends or i >= n - ends else inner for i in range(n)]
+        keys, values = ([make(b) for b in bits] for make in (codecs.key, codecs.value))
+        return Method(name, ByLayer(keys), ByLayer(values))
+
+    raw = [RAW if i < 2 or i >= n - 2 else codecs.value(2) for i in range(n)]
+    return [
+        codecs.default("2 bit", 2),
+        wider("2 bit, first and last layer 4 bit", 1, 2, 4),
+        codecs.default("2.5 bit", 2.5),
+        wider("2 bit, two first and two last 3 bit", 2, 2, 3),
+        wider("2 bit, two first and two last 4 bit", 2, 2, 4),
+        codecs.default("3 bit", 3),
+        Method("2 bit, values of two first and two last in 16 bits", codecs.key(2), ByLayer(raw)),
+    ]
+
+
+SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
+    "methods": methods,
+    "trellis": trellis,
+    "scale_rules": scale_rules,
+    "shaping": shaping,
+    "signs": signs,
+    "centring": centring,
+    "windows": windows,
+    "keys_and_values": keys_and_values,
+    "boundary": boundary,
+}
