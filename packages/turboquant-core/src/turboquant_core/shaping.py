@@ -21,7 +21,6 @@ from .rotation import rotate
 
 DAMPING = 0.2
 SWEEPS = 2
-_NEIGHBOURS = (-1, 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +48,13 @@ class ShapedCodec(Codec):
         heads = weight.shape[0]
         if unit.dim() < 2 or unit.shape[-2] != heads:
             raise ValueError(f"vectors have shape {tuple(unit.shape)}; this weight needs [..., kv_heads = {heads}, d]")
-        rows = unit.reshape(-1, heads, unit.shape[-1]).transpose(0, 1)
-        tables = [levels for levels, _ in self.tables]
-        codes = _with_feedback(rows, feedback, self)
-        search = _Search(rows, codes, weight, tables)
+        # Coordinates first: each step of the search then reads contiguous memory.
+        rows = unit.reshape(-1, heads, unit.shape[-1]).permute(2, 1, 0).contiguous()
+        tables = _coordinate_tables(self)
+        search = _Search(rows, _with_feedback(rows, feedback, tables), weight, [levels for levels, _ in tables])
         for _ in range(self.sweeps):
             search.sweep()
-        return search.codes.transpose(0, 1).reshape(unit.shape).to(torch.uint8)
+        return search.codes.permute(2, 1, 0).reshape(unit.shape).to(torch.uint8)
 
     def to(self, device: torch.device | str) -> ShapedCodec:
         """The same codec with its tensors on ``device``."""
@@ -120,15 +119,15 @@ def _moments(codec: ShapedCodec) -> tuple[Tensor, Tensor]:
     return codec.weight, codec.feedback
 
 
-def _with_feedback(unit: Tensor, feedback: Tensor, codec: Codec) -> Tensor:
-    """Nearest codes ``[heads, n, d]``, the error of each coordinate carried on to those behind it."""
+def _with_feedback(unit: Tensor, feedback: Tensor, tables: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Nearest codes ``[d, heads, n]``, the error of each coordinate carried on to those behind it."""
     rest, codes = unit.clone(), []
-    for i, (levels, boundaries) in enumerate(_coordinate_tables(codec)):
-        code = torch.bucketize(rest[..., i].contiguous(), boundaries)
-        error = (rest[..., i] - levels[code]) / feedback[:, i, i, None]
-        rest[..., i + 1 :] -= error.unsqueeze(-1) * feedback[:, None, i, i + 1 :]
+    for i, (levels, boundaries) in enumerate(tables):
+        code = torch.bucketize(rest[i], boundaries)
+        error = (rest[i] - levels[code]) / feedback[:, i, i, None]
+        rest[i + 1 :] -= error * feedback[:, i, i + 1 :].mT.unsqueeze(-1)
         codes.append(code)
-    return torch.stack(codes, -1)
+    return torch.stack(codes)
 
 
 def _coordinate_tables(codec: Codec) -> list[tuple[Tensor, Tensor]]:
@@ -137,42 +136,55 @@ def _coordinate_tables(codec: Codec) -> list[tuple[Tensor, Tensor]]:
 
 
 class _Search:
-    """Coordinate descent on the weighted error, whose unbiased scale follows the codes."""
+    """Coordinate descent on the weighted error, whose unbiased scale follows the codes.
 
-    def __init__(self, unit: Tensor, codes: Tensor, weight: Tensor, tables: list[Tensor]) -> None:
-        self.unit, self.codes, self.weight = unit, codes, weight
-        width = unit.shape[-1] // len(tables)
-        self.levels = [table for table in tables for _ in range(width)]
-        self.chosen = torch.stack([self.levels[i][codes[..., i]] for i in range(unit.shape[-1])], -1)
-        self.weighted_unit, self.weighted = unit @ weight, self.chosen @ weight
-        self.energy = unit.square().sum(-1, keepdim=True)
-        # <u, l>, <u, W l> and <l, W l> of the present levels, [heads, n, 1].
-        self.inner = (unit * self.chosen).sum(-1, keepdim=True)
-        self.weighted_inner = (self.weighted_unit * self.chosen).sum(-1, keepdim=True)
-        self.weighted_power = (self.weighted * self.chosen).sum(-1, keepdim=True)
+    Args:
+        unit: vectors of unit variance ``[d, heads, n]``.
+        codes: where to start, of the same shape.
+        weight: ``[heads, d, d]``.
+        levels: of each coordinate.
+    """
+
+    def __init__(self, unit: Tensor, codes: Tensor, weight: Tensor, levels: list[Tensor]) -> None:
+        self.unit, self.codes, self.weight, self.levels = unit, codes, weight, levels
+        self.chosen = torch.stack([table[code] for table, code in zip(levels, codes, strict=True)])
+        self.weighted_unit, self.weighted = (torch.einsum("hde,ehn->dhn", weight, x) for x in (unit, self.chosen))
+        self.energy = unit.square().sum(0)
+        # <u, l>, <u, W l> and <l, W l> of the present levels, [heads, n].
+        self.inner = (unit * self.chosen).sum(0)
+        self.weighted_inner = (self.weighted_unit * self.chosen).sum(0)
+        self.weighted_power = (self.weighted * self.chosen).sum(0)
 
     def sweep(self) -> None:
         """Move each coordinate once, to itself or a neighbouring level."""
-        for i in range(self.unit.shape[-1]):
+        for i in range(len(self.levels)):
             self._move(i)
 
     def _move(self, i: int) -> None:
-        levels, here = self.levels[i], self.chosen[..., i : i + 1]
-        steps = torch.tensor(_NEIGHBOURS, device=self.codes.device)
-        candidates = (self.codes[..., i : i + 1] + steps).clamp(0, len(levels) - 1)
-        delta = levels[candidates] - here
-        sums = (
-            self.inner + delta * self.unit[..., i : i + 1],
-            self.weighted_inner + delta * self.weighted_unit[..., i : i + 1],
-            self.weighted_power
-            + delta * (2 * self.weighted[..., i : i + 1] + delta * self.weight[:, i, i, None, None]),
+        sums = [self.inner, self.weighted_inner, self.weighted_power]
+        start, here, change = self.codes[i], self.chosen[i], torch.zeros_like(self.inner)
+        code, least = start, self._error(*sums)
+        for step in (-1, 1):
+            candidate = (start + step).clamp(0, len(self.levels[i]) - 1)
+            delta = self.levels[i][candidate] - here
+            moved = self._moved(i, delta)
+            error = self._error(*moved)
+            better = error < least
+            least = torch.where(better, error, least)
+            code, change = torch.where(better, candidate, code), torch.where(better, delta, change)
+            sums = [torch.where(better, new, old) for new, old in zip(moved, sums, strict=True)]
+        self.inner, self.weighted_inner, self.weighted_power = sums
+        self.codes[i] = code
+        self.chosen[i] += change
+        self.weighted += change * self.weight[:, i].mT.unsqueeze(-1)
+
+    def _moved(self, i: int, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums once level ``i`` has grown by ``delta``."""
+        return (
+            self.inner + delta * self.unit[i],
+            self.weighted_inner + delta * self.weighted_unit[i],
+            self.weighted_power + delta * (2 * self.weighted[i] + delta * self.weight[:, i, i, None]),
         )
-        best = self._error(*sums).argmin(-1, keepdim=True)
-        self.inner, self.weighted_inner, self.weighted_power = (x.gather(-1, best) for x in sums)
-        self.codes[..., i : i + 1] = candidates.gather(-1, best)
-        step = delta.gather(-1, best)
-        self.chosen[..., i : i + 1] += step
-        self.weighted += step * self.weight[:, None, i]
 
     def _error(self, inner: Tensor, weighted_inner: Tensor, weighted_power: Tensor) -> Tensor:
         """``(u - s l)^T W (u - s l)`` less its constant term; infinite where no positive scale is unbiased."""
