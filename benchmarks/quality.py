@@ -29,7 +29,7 @@ from scoring import FULL, NAME, Method, Sums, prepare, score, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TINY = ROOT / "examples" / "models" / "tiny"
 CONSTITUTION = ROOT / "examples" / "data" / "constitution.txt"

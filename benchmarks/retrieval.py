@@ -1,0 +1,131 @@
+"""Needle prompts through packed caches: exact-match accuracy by length and bits.
+
+PROMPTS is a gzipped JSON list of rows with `length`, `prompt_ids` and `answer_ids`. A prompt goes into the cache in chunks,
+so that all but the first is read by attention over packed pages; the answer counts when greedy decoding
+yields exactly its ids, which is the case when every id is the most likely one after those before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from report import table, write_json
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from turboquant_hf import QualityWarning, patch_model, unpatch_model
+from turboquant_hf.compat import CACHE_ARGUMENT
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parent / "examples" / "models" / "tiny"
+FULL = "full precision"
+
+MakeCache = Callable[[Any], Any]
+
+
+def stock_cache(model: Any) -> DynamicCache:
+    """Full precision: the reference of every share."""
+    unpatch_model(model)
+    return DynamicCache(config=model.config)
+
+
+def packed(bits: float, **options: Any) -> MakeCache:
+    """Makes packed caches; what verification would say is what this benchmark measures."""
+    return lambda model: patch_model(model, bits, verify=False, **options)
+
+
+def caches(bits: list[float], sinks: int, recent: int) -> dict[str, MakeCache]:
+    """Full precision, then each width alone, with centred keys, and with windows."""
+    found: dict[str, MakeCache] = {FULL: stock_cache}
+    for width in bits:
+        found[f"{width:g} bit"] = packed(width)
+        found[f"{width:g} bit, centred keys"] = packed(width, center_keys=True)
+        windows = {"sink_tokens": sinks, "recent_tokens": recent, "center_keys": True}
+        found[f"{width:g} bit, centred keys, windows {sinks} + {recent}"] = packed(width, **windows)
+    return found
+
+
+@torch.inference_mode()
+def answers(model: Any, cache: Any, prompt: list[int], answer: list[int], chunk: int) -> bool:
+    """Whether greedy decoding after ``prompt`` yields ``answer``."""
+    *chunks, last = torch.tensor([prompt]).split(chunk, dim=1)
+    for part in chunks:
+        model(part, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+    ids = torch.cat((last, torch.tensor([answer[:-1]])), dim=1)
+    logits = model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=len(answer)).logits
+    return logits[0].argmax(-1).tolist() == answer
+
+
+def chosen(rows: list[dict[str, Any]], lengths: list[int] | None, each: int) -> list[dict[str, Any]]:
+    """``each`` rows of every length, spread evenly over depths and distractors."""
+    by_length: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["depth"], row["distractors"])):
+        by_length[row["length"]].append(row)
+    picked = []
+    for length, group in sorted(by_length.items()):
+        if lengths is None or length in lengths:
+            count = min(each, len(group))
+            picked += [group[i * len(group) // count] for i in range(count)]
+    return picked
+
+
+def measure(model: Any, rows: list[dict[str, Any]], make: MakeCache, chunk: int) -> dict[int, list[bool]]:
+    """Right or wrong for every row, by length."""
+    found: dict[int, list[bool]] = defaultdict(list)
+    for row in rows:
+        found[row["length"]].append(answers(model, make(model), row["prompt_ids"], row["answer_ids"], chunk))
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: all that the file has")
+    parser.add_argument("--each", type=int, default=50, help="prompts of each length")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens of a prompt that go in at once")
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--recent", type=int, default=16)
+    parser.add_argument("--only", help="only caches whose name contains this, beside full precision")
+    parser.add_argument("--json", type=Path, help="default: results/quality_retrieval_MODEL.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    warnings.simplefilter("ignore", QualityWarning)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, local_files_only=True).eval()
+    rows = chosen(json.loads(gzip.decompress(arguments.prompts.read_bytes())), arguments.lengths, arguments.each)
+    results: dict[str, Any] = {"model": arguments.model.resolve().name, "chunk": arguments.chunk, "caches": {}}
+    for name, make in caches(arguments.bits, arguments.sinks, arguments.recent).items():
+        if name != FULL and arguments.only and arguments.only not in name:
+            continue
+        start = time.perf_counter()
+        found = measure(model, rows, make, arguments.chunk)
+        results["caches"][name] = {str(k): {"prompts": len(v), "right": sum(v)} for k, v in found.items()}
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    lengths = list(results["caches"][FULL])
+    shares = [
+        [name, *(f"{c[n]['right']} / {c[n]['prompts']}" for n in lengths)] for name, c in results["caches"].items()
+    ]
+    print(table(["cache", *(f"{n} tokens" for n in lengths)], shares))
+    name = results["model"]
+    write_json(arguments.json or HERE / "results" / f"quality_retrieval_{name}.json", results)
+
+
+if __name__ == "__main__":
+    main()
