@@ -17,13 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from turboquant_core import VectorLayout
 from turboquant_core.testing.cases import page_layout
 from turboquant_triton.kernels.decode import decode_kernel
 from turboquant_triton.kernels.encode import encode_kernel
 from turboquant_triton.kernels.gather import gather_kernel, gather_raw_kernel
 from turboquant_triton.kernels.scores import rotate_kernel, scores_kernel
 from turboquant_triton.kernels.store import store_kernel
-from turboquant_triton.launch import LARGE, SMALL, decode_columns, part_columns, scores_config
+from turboquant_triton.launch import LARGE, SMALL, bits_code, decode_columns, part_columns, scores_config
 
 POINTERS = {
     "codes": "units", "units": "units", "key_units": "units", "value_units": "value_units", "out": "*fp32",
@@ -40,7 +41,7 @@ def argument_type(name: str, bits: int, value_bits: int) -> str:
         return "*fp32"
     kind = POINTERS.get(name, "i64" if name.endswith(STRIDES) else "fp32" if name == "scaling" else "i32")
     width = {"units": bits, "value_units": value_bits}.get(kind, 0)
-    return ("*i16" if width == 3 else "*i32") if width else kind
+    return ("*i32" if width in (2, 4) else "*i16") if width else kind
 
 
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, **options: int) -> Any:
@@ -79,12 +80,14 @@ def resources(kernel: Any) -> dict[str, int]:
 
 def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Name, kernel, compile-time arguments and options of every class of launch."""
-    part = {"COLUMNS": part_columns(head_dim)}
+    part = {"COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8"))}
     for name, launch in (("few", SMALL), ("many", LARGE)):
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         block = {"BLOCK": launch.block}
-        for bits, form in ((4, "int8"), (4, "cubic"), (3, "int8"), (2, "cubic")):
-            shape = {"D": head_dim, "BITS": bits, "INT8": form == "int8", **block}
+        for layout in vector_layouts(head_dim):
+            bits, form = layout.bits, layout.form
+            part = {"COLUMNS": part_columns(layout)}
+            shape = {"D": head_dim, "BITS": bits_code(layout), "INT8": form == "int8", **block}
             rule = "unbiased" if form == "int8" else "least_squares"
             label = f"{bits}-bit {form}, {name} rows"
             yield f"encode {label}", encode_kernel, encode_constants({**shape, **part}, rule), options
@@ -107,12 +110,20 @@ def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str,
     yield "scores", scores_kernel, {**shape, "KEYS": config.keys, "TILES": config.tiles}, {"num_stages": 1}
 
 
+def vector_layouts(head_dim: int) -> list[VectorLayout]:
+    """Every width and form, and two widths where the kernels take them."""
+    wanted: list[tuple[float, Any]] = [(4, "int8"), (4, "cubic"), (3, "int8"), (2, "cubic")]
+    if head_dim % 32 == 0:
+        wanted += [(2.5, "int8"), (3.5, "int8"), (3.5, "cubic")]
+    return [VectorLayout(head_dim, bits, form) for bits, form in wanted]
+
+
 def encode_constants(shape: dict[str, Any], rule: str) -> dict[str, Any]:
     """Compile-time arguments of encode for 16-bit input."""
     return {**shape, "RULE": rule, "HAS_CENTER": False, "SPLIT": False}
 
 
-def page_constants(head_dim: int, bits: int) -> dict[str, int]:
+def page_constants(head_dim: int, bits: float) -> dict[str, int]:
     """Where gather finds a code row and its scale."""
     layout = page_layout(bits, bits, head_dim, kv_heads=8)
     offsets = {"CODE_OFFSET": layout.value_offset, "SCALE_OFFSET": layout.value_scale_offset}
@@ -122,12 +133,12 @@ def page_constants(head_dim: int, bits: int) -> dict[str, int]:
 def store_constants(head_dim: int, block: int) -> dict[str, Any]:
     """Compile-time arguments of store for 4-bit keys and values in their default forms."""
     layout = page_layout(4, 4, head_dim, kv_heads=8)
-    key = {"D": head_dim, "BITS": 4, "INT8": True, "COLUMNS": part_columns(head_dim)}
+    key = {"D": head_dim, "BITS": 4, "INT8": True, "COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8"))}
     key = encode_constants(key, "unbiased")
     value = {"VALUE_DIM": head_dim, "VALUE_BITS": 4, "VALUE_INT8": False, "VALUE_RULE": "least_squares"}
     value |= {
         "VALUE_SPLIT": False,
-        "VALUE_COLUMNS": part_columns(head_dim),
+        "VALUE_COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8")),
         "RAW": False,
         "VALUE_OFFSET": layout.value_offset,
     }

@@ -68,6 +68,19 @@ def test_two_head_dims(
     check(provider, page_layout(key_bits, value_bits, head_dim, value_head_dim=value_head_dim, kv_heads=1), 2, 1)
 
 
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2.5, 2.5), (3.5, 3.5), (3.5, 2), (4, 2.5), (2.5, None)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_fractional_bits(head_dim: int, key_bits: float, value_bits: float | None, provider: TritonProvider) -> None:
+    check(provider, page_layout(key_bits, value_bits, head_dim, kv_heads=2), 2, 2)
+
+
+@pytest.mark.parametrize("head_dim", [80, 112])
+def test_halves_that_are_no_whole_words_are_refused(head_dim: int, device: torch.device) -> None:
+    request = KernelRequest(page_layout(4, 2.5, head_dim), device, torch.float16)
+    reason = TritonProvider().unsupported_reason(request)
+    assert reason == f"head_dim is {head_dim}, needs a multiple of 32 up to 256 at 2.5 bits"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("value_bits", [2, 3, 4, None])
 @pytest.mark.parametrize("key_bits", [2, 3, 4])

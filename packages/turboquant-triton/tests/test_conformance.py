@@ -19,7 +19,7 @@ class TestPortable(ProviderConformance):
     dtype = torch.float16
     head_dims = HEAD_DIMS
     # The interpreter takes seconds where a GPU takes microseconds.
-    bits = ((4, 4), (3, 3), (2, 2), (4, 2), (3, 4), (4, None)) if GPU else ((4, 4), (3, 3), (2, 2), (4, None))
+    bits = ProviderConformance.bits if GPU else ((4, 4), (3, 3), (2, 2), (4, None), (2.5, 3.5))
     page_sizes = (16, 64)
     group_sizes = (1, 4, 7, 40) if GPU else (1, 7)
     decode_tolerance = 1e-5

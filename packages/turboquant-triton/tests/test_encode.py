@@ -13,7 +13,7 @@ from turboquant_core.packing import unpack_codes
 from turboquant_core.reference import ReferenceProvider
 from turboquant_core.rotation import rotate
 from turboquant_core.scale import SCALE_RULES
-from turboquant_core.testing.cases import random_vectors
+from turboquant_core.testing.cases import boundary_distance, random_vectors
 from turboquant_triton.kernels.encode import encode
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
@@ -25,7 +25,7 @@ def vectors(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, se
     return random_vectors(torch.Generator().manual_seed(seed), shape, dtype).to(device)
 
 
-def codec_of(head_dim: int, bits: int, form: Any, device: torch.device, **options: Any) -> Codec:
+def codec_of(head_dim: int, bits: float, form: Any, device: torch.device, **options: Any) -> Codec:
     return Codec.create(VectorLayout(head_dim, bits, form), device=device, **options)
 
 
@@ -34,8 +34,7 @@ def near_boundary(x: Tensor, codec: Codec) -> Tensor:
     center = 0.0 if codec.center is None else codec.center
     rotated = rotate(x.double() - center, codec.signs)
     unit = rotated / rotated.square().mean(-1, keepdim=True).sqrt()
-    gap = (unit.unsqueeze(-1) - codec.boundaries).abs() / codec.boundaries.abs().clamp(min=1)
-    return gap.amin(-1) <= BOUNDARY
+    return boundary_distance(unit, codec) <= BOUNDARY * unit.abs().clamp(min=1)
 
 
 def assert_same(got: Packed, expected: Packed, x: Tensor, codec: Codec) -> None:
@@ -59,10 +58,25 @@ def test_same_bytes_as_the_reference(
     assert_same(encode(x, codec), ReferenceProvider().encode(x, codec), x, codec)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["int8", "cubic"])
+@pytest.mark.parametrize("bits", [2.5, 3.5])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 192, 256])
+def test_two_widths(head_dim: int, bits: float, form: Any, dtype: torch.dtype, device: torch.device) -> None:
+    center = torch.randn(2, head_dim) if dtype == torch.float32 else None
+    codec = codec_of(head_dim, bits, form, device, center=center)
+    x = vectors((3, 2, head_dim), dtype, device)
+    x[2, 0, 5], x[1, 1] = torch.nan, 0
+    got, expected = encode(x, codec), ReferenceProvider().encode(x, codec)
+    bad = got.scales.isnan()
+    assert torch.equal(bad, expected.scales.isnan())
+    assert torch.equal(got.codes[bad], expected.codes[bad])
+    assert_same(Packed(got.codes[0], got.scales[0]), Packed(expected.codes[0], expected.scales[0]), x[0], codec)
+
+
 @pytest.mark.parametrize("rule", SCALE_RULES)
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("head_dim", [64, 80])
-def test_every_scale_rule(head_dim: int, bits: int, rule: Any, device: torch.device) -> None:
+@pytest.mark.parametrize(("head_dim", "bits"), [(d, b) for d in (64, 80) for b in (2, 3, 4)] + [(64, 2.5), (64, 3.5)])
+def test_every_scale_rule(head_dim: int, bits: float, rule: Any, device: torch.device) -> None:
     codec = codec_of(head_dim, bits, "cubic", device, scale_rule=rule)
     x = vectors((4, head_dim), torch.float16, device)
     assert_same(encode(x, codec), ReferenceProvider().encode(x, codec), x, codec)
@@ -151,7 +165,9 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         encode(torch.zeros(3, 63, device=device), codec)
     with pytest.raises(ValueError, match="floating"):
         encode(torch.zeros(3, 64, dtype=torch.int32, device=device), codec)
-    with pytest.raises(LayoutError, match="multiples of 16 up to 256"):
+    with pytest.raises(LayoutError, match="multiples of 16 up to 256 at 4 bits"):
         encode(torch.zeros(3, 24, device=device), codec_of(24, 4, "int8", device))
-    with pytest.raises(LayoutError, match="multiples of 16 up to 256"):
+    with pytest.raises(LayoutError, match=r"multiples of 32 up to 256 at 2\.5 bits"):
+        encode(torch.zeros(3, 80, device=device), codec_of(80, 2.5, "int8", device))
+    with pytest.raises(LayoutError, match="multiples of 16 up to 256 at 4 bits"):
         encode(torch.zeros(3, 512, device=device), codec_of(512, 4, "int8", device))

@@ -45,6 +45,13 @@ def test_values_in_full_precision(dtype: torch.dtype, device: torch.device) -> N
     check(paged_case(layout, LENGTHS, dtype, device), 3, 33, dtype)
 
 
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2.5, 3.5), (3.5, 4), (3, 2.5)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 192, 256])
+def test_two_widths(head_dim: int, key_bits: float, value_bits: float, device: torch.device) -> None:
+    case = paged_case(page_layout(key_bits, value_bits, head_dim), LENGTHS, torch.float32, device)
+    check(case, 7, 33, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_and_two_head_dims(dtype: torch.dtype, device: torch.device) -> None:
     layout = page_layout(4, 3, 64, value_head_dim=128, kv_heads=3)

@@ -27,6 +27,10 @@ def test_every_coordinate_has_one_position() -> None:
         for head_dim in (16, 64, 80, 112, 128, 256):
             placed = [index for index in coordinates(head_dim, bits) if index >= 0]
             assert sorted(placed) == list(range(head_dim))
+    for bits in (2.5, 3.5):
+        for head_dim in (32, 64, 96, 128, 160, 256):
+            placed = [index for index in coordinates(head_dim, bits) if index >= 0]
+            assert sorted(placed) == list(range(head_dim))
 
 
 def test_few_rows_spread_over_the_gpu() -> None:

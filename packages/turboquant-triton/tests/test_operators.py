@@ -39,10 +39,10 @@ def equal(got: Any, expected: Any) -> None:
         assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("value_bits", [2, 3, 4, None])
+@pytest.mark.parametrize("value_bits", [2, 2.5, 3, 3.5, 4, None])
 @pytest.mark.parametrize("centred", [False, True])
-def test_codecs_survive_the_way_through_arguments(value_bits: int | None, centred: bool) -> None:
-    layout = page_layout(3, value_bits, 64, value_head_dim=80, page_size=32, kv_heads=3)
+def test_codecs_survive_the_way_through_arguments(value_bits: float | None, centred: bool) -> None:
+    layout = page_layout(3.5, value_bits, 64, value_head_dim=96, page_size=32, kv_heads=3)
     center = torch.randn(3, 64) if centred else None
     codec = CacheCodec.create(layout, key_scale="renorm", value_scale="norm", center=center)
     back = codec_arguments.rebuild_cache_codec(*codec_operands(codec))

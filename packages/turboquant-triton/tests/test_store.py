@@ -66,6 +66,12 @@ def test_every_head_dim(
     check(page_layout(key_bits, value_bits, head_dim), dtype, device)
 
 
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2.5, 3.5), (3.5, 4), (3, 2.5), (3.5, None)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 192, 256])
+def test_two_widths(head_dim: int, key_bits: float, value_bits: float | None, device: torch.device) -> None:
+    check(page_layout(key_bits, value_bits, head_dim), torch.float16, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_values_in_full_precision(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:

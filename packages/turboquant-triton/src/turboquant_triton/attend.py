@@ -20,7 +20,7 @@ from .kernels.attend_permute import attend_permute_kernel
 from .kernels.attend_portable import attend_portable_kernel
 from .kernels.attend_prepare import attend_prepare_kernel
 from .kernels.unpack_asm import cubic_levels, int8_levels
-from .launch import padded
+from .launch import bits_code, padded
 from .tuning import PORTABLE, AttendConfig, attend_config
 from .workspace import AttendShape, Workspace, carve, workspace_bytes
 
@@ -39,8 +39,8 @@ class AttendOptions:
 
 
 def value_bits(layout: PageLayout) -> int:
-    """Bits of a stored value coordinate: 2, 3 or 4, or those of a raw float."""
-    return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else layout.value.width
+    """What kernels take as the width of a stored value: that of its codes, or the bits of a raw float."""
+    return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else bits_code(layout.value)
 
 
 def config_for(layout: PageLayout, permute: bool) -> AttendConfig:
@@ -161,7 +161,7 @@ def _constants(
     return {
         "D": layout.key.head_dim,
         "VALUE_DIM": layout.value.head_dim,
-        "KEY_BITS": layout.key.bits,
+        "KEY_BITS": bits_code(layout.key),
         "VALUE_BITS": value_bits(layout),
         "RAW_TYPE": _RAW_TYPES[query.dtype],
         "PAGE_SIZE": layout.page_size,

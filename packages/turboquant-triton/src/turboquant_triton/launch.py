@@ -8,11 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turboquant_core import LayoutError, PageLayout, VectorLayout
+from turboquant_core import LayoutError, PageLayout, RawLayout, VectorLayout
 
 from .device import hadamard_fp16, hadamard_int8, indexed, multiprocessors
+from .support import LARGEST_HEAD_DIM, head_dim_multiple
 
-_LARGEST_HEAD_DIM = 256
 _SCORE_TILES = 8
 
 
@@ -55,9 +55,19 @@ def decode_columns(head_dim: int) -> int:
     return min(padded(head_dim), 32)
 
 
-def part_columns(head_dim: int) -> int:
-    """Positions of a tile that are rotated at a time: a quarter of them, between what fits and what a product takes."""
-    return min(max(padded(head_dim) // 4, min(padded(head_dim) // 2, 16)), 32)
+def part_columns(layout: VectorLayout | RawLayout) -> int:
+    """Positions of a tile that are rotated at a time: a quarter of them, between what fits and what a product takes.
+
+    Of those that have codes of one width.
+    """
+    positions = padded(layout.head_dim // (2 if isinstance(layout, VectorLayout) and layout.is_mixed else 1))
+    return min(max(positions // 4, min(positions // 2, 16)), 32)
+
+
+def bits_code(layout: VectorLayout) -> int:
+    """What kernels take as ``BITS`` (:mod:`turboquant_triton.kernels.widths`)."""
+    widths = [part.width for part in layout.parts]
+    return widths[0] if len(widths) == 1 else 100 * widths[0] + widths[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +85,17 @@ def scores_config(kv_len: int, head_dim: int) -> ScoresConfig:
     return ScoresConfig(16, keys, min(-(-kv_len // keys), _SCORE_TILES))
 
 
-def coordinates(head_dim: int, bits: int) -> list[int]:
-    """Coordinate at each position of a tile, -1 for padding.
+def coordinates(head_dim: int, bits: float) -> list[int]:
+    """Coordinate at each position of a tile, -1 for padding; with two code widths one half after the other.
 
     A code row is a sequence of units of 32 bits (16 at 3 bits) with the same fields. Positions run over the units of
     the first field, then of the second: the codes of a unit then lie in the registers of one thread.
     """
-    groups, fields = {4: (1, 8), 3: (4, 4), 2: (2, 8)}[bits]
+    if bits != int(bits):
+        half = head_dim // 2
+        second = coordinates(half, int(bits))
+        return coordinates(half, int(bits) + 1) + [half + index if index >= 0 else -1 for index in second]
+    groups, fields = {4: (1, 8), 3: (4, 4), 2: (2, 8)}[int(bits)]
     units = padded(head_dim) // (groups * fields)
     inside = head_dim // groups
     order = []
@@ -93,7 +107,7 @@ def coordinates(head_dim: int, bits: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def rotation_operand(head_dim: int, bits: int, device: torch.device) -> Tensor:
+def rotation_operand(head_dim: int, bits: float, device: torch.device) -> Tensor:
     """Hadamard matrix as a kernel multiplies with it: fp16 ``[positions, padded coordinates]``, padding zero.
 
     Row ``p`` is the matrix's row of coordinate ``coordinates(head_dim, bits)[p]``. Made at the first call: make that
@@ -118,8 +132,8 @@ def make_constants(layout: PageLayout, device: torch.device) -> None:
 
 
 def unit_dtype(layout: VectorLayout) -> torch.dtype:
-    """Integer that holds one unit of a code row."""
-    return torch.int16 if layout.bits == 3 else torch.int32
+    """Integer by which a code row is addressed: its parts and its start are multiples of it."""
+    return torch.int32 if layout.bits in (2, 4) else torch.int16
 
 
 def aligned(codes: Tensor, layout: VectorLayout) -> Tensor:
@@ -137,8 +151,9 @@ def adjacent(x: Tensor) -> Tensor:
 
 def check_packable(layout: VectorLayout) -> None:
     """Raise ``LayoutError`` for a head_dim whose code rows are not whole units."""
-    if layout.head_dim % 16 or layout.head_dim > _LARGEST_HEAD_DIM:
+    multiple = head_dim_multiple(layout)
+    if layout.head_dim % multiple or layout.head_dim > LARGEST_HEAD_DIM:
         raise LayoutError(
-            f"head_dim is {layout.head_dim}; the Triton kernels take multiples of 16 up to {_LARGEST_HEAD_DIM}: use "
-            "the reference provider or keep this layer uncompressed"
+            f"head_dim is {layout.head_dim}; the Triton kernels take multiples of {multiple} up to {LARGEST_HEAD_DIM} "
+            f"at {layout.bits} bits: use the reference provider or keep this layer uncompressed"
         )

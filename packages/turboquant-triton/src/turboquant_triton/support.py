@@ -10,7 +10,7 @@ import torch
 from turboquant_core import LAYOUT_VERSION, KernelRequest, PageLayout, RawLayout, VectorLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 16
 
 
@@ -19,16 +19,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def head_dim_multiple(vector: VectorLayout | RawLayout) -> int:
+    """What head_dim must be a multiple of: each part of a code row is whole 16-bit words."""
+    mixed = isinstance(vector, VectorLayout) and vector.is_mixed
+    return 2 * _HEAD_DIM_MULTIPLE if mixed else _HEAD_DIM_MULTIPLE
+
+
 def _layout_reason(layout: PageLayout) -> str | None:
     if layout.version != LAYOUT_VERSION:
         return f"layout version {layout.version}, this provider implements {LAYOUT_VERSION}"
     for vector in (layout.key, layout.value):
-        if vector.head_dim > _LARGEST_HEAD_DIM or vector.head_dim % _HEAD_DIM_MULTIPLE:
-            return f"head_dim is {vector.head_dim}, needs a multiple of {_HEAD_DIM_MULTIPLE} up to {_LARGEST_HEAD_DIM}"
-        if isinstance(vector, VectorLayout) and vector.is_mixed:
-            return f"{vector.bits} bits, these kernels read one code width per vector: use 2, 3 or 4 bits"
-        if isinstance(vector, VectorLayout) and vector.is_mixed:
-            return f"bits is {vector.bits}; these kernels read codes of one width: 2, 3 or 4 bits"
+        multiple = head_dim_multiple(vector)
+        if vector.head_dim > LARGEST_HEAD_DIM or vector.head_dim % multiple:
+            bits = f" at {vector.bits} bits" if isinstance(vector, VectorLayout) and vector.is_mixed else ""
+            return f"head_dim is {vector.head_dim}, needs a multiple of {multiple} up to {LARGEST_HEAD_DIM}{bits}"
     return None
 
 
@@ -59,8 +63,10 @@ def permute_supported(layout: PageLayout, device: torch.device, dtype: torch.dty
     """Whether attention takes the byte-permute form.
 
     An NVIDIA GPU from sm_80, keys of the ``int8`` form, values of the ``cubic`` form or 16-bit values of the query's
-    dtype.
+    dtype; one code width for each.
     """
+    if any(isinstance(vector, VectorLayout) and vector.is_mixed for vector in (layout.key, layout.value)):
+        return False
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     if isinstance(layout.value, RawLayout):

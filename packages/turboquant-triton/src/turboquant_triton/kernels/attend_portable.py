@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from .attend_plan import load_piece
-from .codes import load_codes
+from .codes import load_entries
+from .widths import row_bytes
 
 NEVER = tl.constexpr(-1.0e30)
 
@@ -16,8 +17,8 @@ def load_vectors(rows, valid, levels, BITS: tl.constexpr, INT8: tl.constexpr, D:
     """Levels of the code rows at ``rows`` (pointers to uint8): float32 ``[tokens, padded D]``, padding zero."""
     d = tl.arange(0, triton.next_power_of_2(D))
     mask = valid[:, None] & (d < D)[None, :]
-    code = load_codes(rows[:, None], d[None, :], mask, BITS, INT8, D)
-    return tl.load(levels + code, mask=mask, other=0.0)
+    entry = load_entries(rows[:, None], d[None, :], mask, BITS, INT8, D)
+    return tl.load(levels + entry, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def attend_portable_kernel(
     plan,
     partial,
     stats,
-    key_levels,  # float32 [2 ** KEY_BITS]
+    key_levels,  # float32 [2 ** KEY_BITS], of two widths one after the other
     value_levels,
     rows,
     block_table_stride,
@@ -54,8 +55,8 @@ def attend_portable_kernel(
     HAS_SOFTCAP: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
 ):
-    KEY_ROW: tl.constexpr = D * KEY_BITS // 8
-    VALUE_ROW: tl.constexpr = VALUE_DIM * (RAW_BITS if RAW_BITS else VALUE_BITS) // 8
+    KEY_ROW: tl.constexpr = row_bytes(D, KEY_BITS)
+    VALUE_ROW: tl.constexpr = VALUE_DIM * RAW_BITS // 8 if RAW_BITS else row_bytes(VALUE_DIM, VALUE_BITS)
     VALUE_OFFSET: tl.constexpr = PAGE_SIZE * KEY_ROW
     KEY_SCALE_OFFSET: tl.constexpr = VALUE_OFFSET + PAGE_SIZE * VALUE_ROW
     VALUE_SCALE_OFFSET: tl.constexpr = KEY_SCALE_OFFSET + PAGE_SIZE * 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .widths import first_width, is_mixed, row_bytes, second_width
+
 
 @triton.jit
 def load_nibble(row, nibble, mask):
@@ -15,7 +17,7 @@ def load_nibble(row, nibble, mask):
 
 @triton.jit
 def load_codes(row, coordinate, mask, BITS: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr):
-    """Codes ``0 .. 2**BITS - 1`` of ``coordinate`` for the rows at ``row``, int32 of the broadcast shape."""
+    """Codes ``0 .. 2**BITS - 1`` of ``coordinate`` of rows of one width, int32 of the broadcast shape."""
     if BITS == 4 and INT8:
         magnitude = load_nibble(row, coordinate, mask) & 7
         j = coordinate % 8
@@ -36,3 +38,18 @@ def load_codes(row, coordinate, mask, BITS: tl.constexpr, INT8: tl.constexpr, D:
     else:
         nibble = load_nibble(row, coordinate % (D // 2), mask)
         return tl.where(coordinate < D // 2, nibble, nibble >> 2) & 3
+
+
+@triton.jit
+def load_entries(row, coordinate, mask, BITS: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr):
+    """Entries of the table of levels: the codes, and with two widths those of the second behind those of the first."""
+    if is_mixed(BITS):
+        FIRST: tl.constexpr = first_width(BITS)
+        in_first = coordinate < D // 2
+        first = load_codes(row, coordinate, mask & in_first, FIRST, INT8, D // 2)
+        second_row = row + row_bytes(D // 2, FIRST)
+        rest = tl.where(in_first, 0, coordinate - D // 2)
+        second = load_codes(second_row, rest, mask & (in_first == 0), second_width(BITS), INT8, D // 2)
+        return tl.where(in_first, first, second + (1 << FIRST))
+    else:
+        return load_codes(row, coordinate, mask, BITS, INT8, D)

@@ -10,8 +10,9 @@ from torch import Tensor
 from turboquant_core import Codec, Packed
 
 from ..input_checks import check_codes
-from ..launch import aligned, decode_block, decode_columns, rotation_operand, unit_dtype
+from ..launch import aligned, bits_code, decode_block, decode_columns, rotation_operand, unit_dtype
 from .unrotate import load_level_rows, unrotate_to
+from .widths import row_bytes, unit_bytes
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ROW_UNITS: tl.constexpr = D * BITS // (16 if BITS == 3 else 32)
+    ROW_UNITS: tl.constexpr = row_bytes(D, BITS) // unit_bytes(BITS)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
     level = load_level_rows(codes + row.to(tl.int64) * ROW_UNITS, valid, levels, BITS, INT8, D)
@@ -65,7 +66,7 @@ def decode(packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> 
         rows,
         1 if codec.center is None else codec.center.shape[0],
         D=layout.head_dim,
-        BITS=layout.bits,
+        BITS=bits_code(layout),
         INT8=layout.form == "int8",
         HAS_CENTER=codec.center is not None,
         WIDTH=decode_columns(layout.head_dim),

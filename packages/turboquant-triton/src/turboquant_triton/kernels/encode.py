@@ -10,10 +10,56 @@ from torch import Tensor
 from turboquant_core import Codec, Packed
 from turboquant_core.reference.vectors import check_vectors
 
-from ..launch import adjacent, check_packable, part_columns, rotation_operand, rows_config, unit_dtype
+from ..launch import adjacent, bits_code, check_packable, part_columns, rotation_operand, rows_config, unit_dtype
 from .pack import pack_part, store_units
 from .quantize import level_index, load_bounds, load_levels, nearest, stored_scale, vector_scale
 from .rotate import load_vectors, power_of_two, rotate_part, signed_halves
+from .widths import code_fields, first_width, is_mixed, lowest_word, row_bytes, second_width, unit_bytes
+
+
+@triton.jit
+def encode_part(
+    halves,
+    matrix,
+    normalize,
+    finite,
+    boundaries,
+    levels,
+    position,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    INT8: tl.constexpr,
+    RULE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Words of the ``SIZE`` coordinates from ``position`` on in codes of one width, and the sums that the scale needs.
+
+    The sums are ``<u, l>`` and ``|l|^2`` of coordinates ``u`` and their levels ``l`` in units of the root mean square.
+    """
+    ROWS: tl.constexpr = normalize.shape[0]
+    POSITIONS: tl.constexpr = triton.next_power_of_2(SIZE)
+    FIELDS: tl.constexpr = code_fields(BITS)
+    UNITS: tl.constexpr = POSITIONS // FIELDS
+    bounds = load_bounds(boundaries, BITS)
+    table = load_levels(levels, BITS)
+    inner = tl.zeros((ROWS, COLUMNS), tl.float32)
+    power = tl.zeros((ROWS, COLUMNS), tl.float32)
+    present = (tl.arange(0, COLUMNS) % UNITS < SIZE // FIELDS)[None, :]
+    word = tl.zeros((ROWS, UNITS), tl.int32)
+    other = tl.zeros((ROWS, UNITS), tl.int32)
+    for first in range(0, POSITIONS, COLUMNS):
+        rotated = rotate_part(halves, matrix, position + first, D, SPLIT, COLUMNS) * normalize[:, None]
+        level = nearest(tl.abs(rotated), bounds, table, BITS)
+        negative = (rotated > 0) == 0
+        word, other = pack_part((word, other), level_index(level), negative, first // UNITS, BITS, INT8)
+        if RULE == "unbiased" or RULE == "least_squares":
+            inner += tl.abs(rotated) * level
+        if RULE == "renorm" or RULE == "least_squares":
+            power += tl.where(present, level * level, 0.0)
+    word = tl.where(finite[:, None], word, lowest_word(BITS, INT8))
+    return word, tl.where(finite[:, None], other, 0), tl.sum(inner, 1), tl.sum(power, 1)
 
 
 @triton.jit
@@ -34,39 +80,34 @@ def encode_rows(
     COLUMNS: tl.constexpr,
 ):
     """Words (as :func:`store_units` takes them) and fp16 scales of the vectors at ``row`` (pointers)."""
-    ROWS: tl.constexpr = valid.shape[0]
-    PADDED: tl.constexpr = triton.next_power_of_2(D)
-    FIELDS: tl.constexpr = 8 if BITS == 4 else 16
-    UNITS: tl.constexpr = PADDED // FIELDS
     x = load_vectors(row, center_row, valid, D, HAS_CENTER)
     multiplier = power_of_two(x)
     x *= multiplier[:, None]
     energy = tl.sum(x * x, 1)
     # The rotation here lacks its 1 / sqrt(D), so the root mean square of its coordinates is the norm of x.
     normalize = tl.where(energy > 0, tl.rsqrt(energy), 0.0)
-    bounds = load_bounds(boundaries, BITS)
-    table = load_levels(levels, BITS)
-    halves = signed_halves(x, signs, D, SPLIT)
-    inner = tl.zeros((ROWS, COLUMNS), tl.float32)
-    power = tl.zeros((ROWS, COLUMNS), tl.float32)
-    present = (tl.arange(0, COLUMNS) % UNITS < D // FIELDS)[None, :]
-    word = tl.zeros((ROWS, UNITS), tl.int32)
-    other = tl.zeros((ROWS, UNITS), tl.int32)
-    for first in range(0, PADDED, COLUMNS):
-        rotated = rotate_part(halves, matrix, first, D, SPLIT, COLUMNS) * normalize[:, None]
-        level = nearest(tl.abs(rotated), bounds, table, BITS)
-        negative = (rotated > 0) == 0
-        word, other = pack_part((word, other), level_index(level), negative, first // UNITS, BITS, INT8)
-        if RULE == "unbiased" or RULE == "least_squares":
-            inner += tl.abs(rotated) * level
-        if RULE == "renorm" or RULE == "least_squares":
-            power += tl.where(present, level * level, 0.0)
     finite = energy < float("inf")
+    halves = signed_halves(x, signs, D, SPLIT)
     rms = tl.sqrt(energy / D) / multiplier
-    scale = vector_scale(rms, tl.sum(inner, 1), tl.sum(power, 1), RULE, D)
-    LOWEST: tl.constexpr = -1 if BITS == 4 and INT8 else 0
-    words = tl.where(finite[:, None], word, LOWEST), tl.where(finite[:, None], other, 0)
-    return words, stored_scale(scale, finite)
+    if is_mixed(BITS):
+        FIRST: tl.constexpr = first_width(BITS)
+        HALF: tl.constexpr = triton.next_power_of_2(D) // 2
+        word, other, inner, power = encode_part(
+            halves, matrix, normalize, finite, boundaries, levels,
+            0, D, D // 2, FIRST, INT8, RULE, SPLIT, COLUMNS,
+        )  # fmt: skip
+        word2, other2, inner2, power2 = encode_part(
+            halves, matrix, normalize, finite, boundaries + (1 << FIRST) - 1, levels + (1 << FIRST),
+            HALF, D, D // 2, second_width(BITS), INT8, RULE, SPLIT, COLUMNS,
+        )  # fmt: skip
+        scale = vector_scale(rms, inner + inner2, power + power2, RULE, D)
+        return (word, other, word2, other2), stored_scale(scale, finite)
+    else:
+        word, other, inner, power = encode_part(
+            halves, matrix, normalize, finite, boundaries, levels,
+            0, D, D, BITS, INT8, RULE, SPLIT, COLUMNS,
+        )  # fmt: skip
+        return (word, other), stored_scale(vector_scale(rms, inner, power, RULE, D), finite)
 
 
 @triton.jit
@@ -92,7 +133,7 @@ def encode_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ROW_UNITS: tl.constexpr = D * BITS // (16 if BITS == 3 else 32)
+    ROW_UNITS: tl.constexpr = row_bytes(D, BITS) // unit_bytes(BITS)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
     source = x + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
@@ -136,12 +177,12 @@ def encode(x: Tensor, codec: Codec) -> Packed:
         vectors.stride(0),
         vectors.stride(1),
         D=layout.head_dim,
-        BITS=layout.bits,
+        BITS=bits_code(layout),
         INT8=layout.form == "int8",
         RULE=codec.scale_rule,
         HAS_CENTER=codec.center is not None,
         SPLIT=needs_split(vectors, codec),
-        COLUMNS=part_columns(layout.head_dim),
+        COLUMNS=part_columns(layout),
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -10,8 +10,9 @@ from torch import Tensor
 from turboquant_core import CacheCodec, Codec, Gathered, PageLayout
 
 from ..input_checks import check_gather
-from ..launch import decode_block, decode_columns, rotation_operand, unit_dtype
+from ..launch import bits_code, decode_block, decode_columns, rotation_operand, unit_dtype
 from .unrotate import load_level_rows, rotated_to, unrotate_to
+from .widths import row_bytes, unit_bytes
 
 
 @triton.jit
@@ -67,13 +68,13 @@ def gather_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    UNIT_BYTES: tl.constexpr = 2 if BITS == 3 else 4
+    UNIT_BYTES: tl.constexpr = unit_bytes(BITS)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk, token, head, inside = locate(
         block_table, row, rows, start, length, num_pages, table_stride, KV_HEADS, PAGE_SIZE
     )
     source = units + chunk * (CHUNK_BYTES // UNIT_BYTES) + CODE_OFFSET // UNIT_BYTES
-    level = load_level_rows(source + token * (D * BITS // 8 // UNIT_BYTES), inside, levels, BITS, INT8, D)
+    level = load_level_rows(source + token * (row_bytes(D, BITS) // UNIT_BYTES), inside, levels, BITS, INT8, D)
     scale_at = scales + chunk * (CHUNK_BYTES // 2) + SCALE_OFFSET // 2 + token
     scale = tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)
     target = out + row.to(tl.int64) * D
@@ -172,7 +173,7 @@ def _gather_packed(
         pages.shape[0],
         block_table.stride(0),
         D=vector.head_dim,
-        BITS=vector.bits,
+        BITS=bits_code(vector),
         INT8=vector.form == "int8",
         HAS_CENTER=codec.center is not None,
         ROTATED=rotated,

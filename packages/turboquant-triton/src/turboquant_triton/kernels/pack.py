@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .widths import first_width, is_mixed, row_bytes, second_width
+
 NIBBLE_ONES = tl.constexpr(0x1111)
 
 
@@ -63,7 +65,19 @@ def store_plane(row, plane, nibbles, rest, valid, D: tl.constexpr):
 
 @triton.jit
 def store_units(row, words, valid, BITS: tl.constexpr, D: tl.constexpr):
-    """Write what :func:`pack_part` added up to the code rows at ``row`` (pointers to units)."""
+    """Write the words of each width (:func:`pack_part`) to the code rows at ``row`` (pointers to units)."""
+    if is_mixed(BITS):
+        store_part(row, words, valid, first_width(BITS), D // 2)
+        second = row + row_bytes(D // 2, first_width(BITS)) // 2
+        store_part(second, (words[2], words[3]), valid, second_width(BITS), D // 2)
+    else:
+        store_part(row, words, valid, BITS, D)
+
+
+@triton.jit
+def store_part(row, words, valid, BITS: tl.constexpr, D: tl.constexpr):
+    """Write the words of one width; in units of 16 bits where ``row`` points to such."""
+    HALF_UNITS: tl.constexpr = row.dtype.element_ty == tl.int16
     if BITS == 3:
         rest = words[1] >> 16
         store_plane(row, 0, words[0] & 0xFFFF, rest, valid, D)
@@ -72,7 +86,12 @@ def store_units(row, words, valid, BITS: tl.constexpr, D: tl.constexpr):
     else:
         UNITS: tl.constexpr = D * BITS // 32
         unit = tl.arange(0, triton.next_power_of_2(UNITS))[None, :]
-        tl.store(row[:, None] + unit, words[0], mask=valid[:, None] & (unit < UNITS))
+        mask = valid[:, None] & (unit < UNITS)
+        if HALF_UNITS:
+            tl.store(row[:, None] + 2 * unit, words[0].to(tl.int16), mask=mask)
+            tl.store(row[:, None] + 2 * unit + 1, (words[0] >> 16).to(tl.int16), mask=mask)
+        else:
+            tl.store(row[:, None] + unit, words[0], mask=mask)
 
 
 @triton.jit
@@ -98,16 +117,27 @@ def unpack3(row, valid, D: tl.constexpr):
 
 
 @triton.jit
+def load_words(row, valid, UNITS: tl.constexpr):
+    """32-bit units of code rows: int32 ``[rows, units]``, in two loads where ``row`` points to 16-bit units."""
+    unit = tl.arange(0, triton.next_power_of_2(UNITS))[None, :]
+    mask = valid[:, None] & (unit < UNITS)
+    if row.dtype.element_ty == tl.int16:
+        low = tl.load(row[:, None] + 2 * unit, mask=mask, other=0).to(tl.int32) & 0xFFFF
+        return low | (tl.load(row[:, None] + 2 * unit + 1, mask=mask, other=0).to(tl.int32) << 16)
+    else:
+        return tl.load(row[:, None] + unit, mask=mask, other=0)
+
+
+@triton.jit
 def unpack(row, valid, BITS: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr):
-    """Codes of the code rows at ``row`` (pointers to units): int32 ``[rows, positions]``."""
+    """Codes of the code rows at ``row`` (pointers to units), of one width: int32 ``[rows, positions]``."""
     ROWS: tl.constexpr = valid.shape[0]
     PADDED: tl.constexpr = triton.next_power_of_2(D)
     if BITS == 3:
         return tl.reshape(unpack3(row, valid, D), (ROWS, PADDED))
     else:
         UNITS: tl.constexpr = D * BITS // 32
-        unit = tl.arange(0, triton.next_power_of_2(UNITS))[None, :]
-        units = tl.load(row[:, None] + unit, mask=valid[:, None] & (unit < UNITS), other=0)[:, None, :]
+        units = load_words(row, valid, UNITS)[:, None, :]
         if BITS == 2:
             field2 = tl.arange(0, 16)[None, :, None]
             return tl.reshape((units >> (4 * (field2 % 8) + 2 * (field2 // 8))) & 3, (ROWS, PADDED))

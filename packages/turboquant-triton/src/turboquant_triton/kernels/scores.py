@@ -11,9 +11,20 @@ from turboquant_core import Codec, Packed
 from turboquant_core.reference.vectors import check_vectors
 
 from ..input_checks import check_codes
-from ..launch import adjacent, aligned, padded, part_columns, rotation_operand, rows_config, scores_config, unit_dtype
+from ..launch import (
+    adjacent,
+    aligned,
+    bits_code,
+    padded,
+    part_columns,
+    rotation_operand,
+    rows_config,
+    scores_config,
+    unit_dtype,
+)
 from .rotate import load_vectors, power_of_two, rotate_part, signed_halves, split
 from .unrotate import LEVEL_UNIT, load_level_rows
+from .widths import row_bytes, unit_bytes
 
 
 @triton.jit
@@ -65,7 +76,7 @@ def scores_kernel(
 ):
     """Each program scores ``BLOCK`` queries against ``TILES`` tiles of ``KEYS`` keys."""
     PADDED: tl.constexpr = triton.next_power_of_2(D)
-    ROW_UNITS: tl.constexpr = D * BITS // (16 if BITS == 3 else 32)
+    ROW_UNITS: tl.constexpr = row_bytes(D, BITS) // unit_bytes(BITS)
     programs = tl.cdiv(kv_len, KEYS * TILES)
     batch = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs) * KEYS * TILES
@@ -122,7 +133,7 @@ def scores(query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Te
         kv_len,
         scaling,
         D=head_dim,
-        BITS=layout.bits,
+        BITS=bits_code(layout),
         INT8=layout.form == "int8",
         BLOCK=config.block,
         KEYS=config.keys,
@@ -149,7 +160,7 @@ def _rotate(queries: Tensor, codec: Codec) -> Tensor:
         queries.stride(1),
         D=head_dim,
         SPLIT=queries.dtype == torch.float32,
-        COLUMNS=part_columns(head_dim),
+        COLUMNS=part_columns(codec.layout),
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

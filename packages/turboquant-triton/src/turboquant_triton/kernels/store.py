@@ -10,9 +10,10 @@ from torch import Tensor
 from turboquant_core import CacheCodec, Codec, RawLayout, VectorLayout
 
 from ..input_checks import check_store
-from ..launch import adjacent, part_columns, rotation_operand, rows_config, unit_dtype
+from ..launch import adjacent, bits_code, part_columns, rotation_operand, rows_config, unit_dtype
 from .encode import encode_rows, needs_split
 from .pack import store_units
+from .widths import row_bytes, unit_bytes
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def store_packed(
     BLOCK: tl.constexpr,
 ):
     """Encode tile number ``block`` of the rows into its slots."""
-    UNIT_BYTES: tl.constexpr = 2 if BITS == 3 else 4
+    UNIT_BYTES: tl.constexpr = unit_bytes(BITS)
     row = block * BLOCK + tl.arange(0, BLOCK)
     chunk, token, valid = load_slots(slot_mapping, row, rows, slots, KV_HEADS, PAGE_SIZE)
     head = row % KV_HEADS
@@ -66,7 +67,7 @@ def store_packed(
         D, BITS, INT8, RULE, HAS_CENTER, SPLIT, COLUMNS,
     )  # fmt: skip
     target = chunk * (CHUNK_BYTES // UNIT_BYTES) + CODE_OFFSET // UNIT_BYTES
-    store_units(units + target + token * (D * BITS // 8 // UNIT_BYTES), words, valid, BITS, D)
+    store_units(units + target + token * (row_bytes(D, BITS) // UNIT_BYTES), words, valid, BITS, D)
     tl.store(scales + chunk * (CHUNK_BYTES // 2) + SCALE_OFFSET // 2 + token, scale, mask=valid)
 
 
@@ -217,12 +218,12 @@ def _operands(codec: Codec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _key_constants(key: Tensor, codec: Codec) -> dict[str, int | str | bool]:
     return {
         "D": codec.layout.head_dim,
-        "BITS": codec.layout.width,
+        "BITS": bits_code(codec.layout),
         "INT8": codec.layout.form == "int8",
         "RULE": codec.scale_rule,
         "HAS_CENTER": codec.center is not None,
         "SPLIT": needs_split(key, codec),
-        "COLUMNS": part_columns(codec.layout.head_dim),
+        "COLUMNS": part_columns(codec.layout),
     }
 
 
@@ -230,10 +231,10 @@ def _value_constants(value: Tensor, codec: CacheCodec) -> dict[str, int | str | 
     layout = codec.layout.value
     return {
         "VALUE_DIM": layout.head_dim,
-        "VALUE_BITS": 8 * layout.itemsize if isinstance(layout, RawLayout) else layout.width,
+        "VALUE_BITS": 8 * layout.itemsize if isinstance(layout, RawLayout) else bits_code(layout),
         "VALUE_INT8": isinstance(layout, VectorLayout) and layout.form == "int8",
         "VALUE_RULE": "" if codec.value is None else codec.value.scale_rule,
         "VALUE_SPLIT": codec.value is not None and needs_split(value, codec.value),
-        "VALUE_COLUMNS": part_columns(layout.head_dim),
+        "VALUE_COLUMNS": part_columns(layout),
         "RAW": codec.value is None,
     }

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .pack import unpack
 from .rotate import split
+from .widths import first_width, is_mixed, row_bytes, second_width
 
 # Levels times this are far above the smallest fp16, so that both parts of a split keep their bits.
 LEVEL_UNIT = tl.constexpr(1024.0)
@@ -15,7 +16,15 @@ LEVEL_UNIT = tl.constexpr(1024.0)
 @triton.jit
 def load_level_rows(row, valid, levels, BITS: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr):
     """Levels of the code rows at ``row`` (pointers to units): float32 ``[rows, positions]``, padding included."""
-    return tl.load(levels + unpack(row, valid, BITS, INT8, D))
+    if is_mixed(BITS):
+        FIRST: tl.constexpr = first_width(BITS)
+        first = tl.load(levels + unpack(row, valid, FIRST, INT8, D // 2))
+        second_row = row + row_bytes(D // 2, FIRST) // 2
+        second = tl.load(levels + (1 << FIRST) + unpack(second_row, valid, second_width(BITS), INT8, D // 2))
+        both = tl.permute(tl.join(first, second), (0, 2, 1))
+        return tl.reshape(both, (valid.shape[0], triton.next_power_of_2(D)))
+    else:
+        return tl.load(levels + unpack(row, valid, BITS, INT8, D))
 
 
 @triton.jit
@@ -57,6 +66,18 @@ def unrotate_to(
 @triton.jit
 def rotated_to(target, valid, level, scale, BITS: tl.constexpr, D: tl.constexpr):
     """Write ``scale * level`` in the order of coordinates to the vectors at ``target`` (pointers)."""
+    if is_mixed(BITS):
+        halves = tl.reshape(level, (level.shape[0], 2, level.shape[1] // 2))
+        first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+        rotated_part_to(target, valid, first, scale, first_width(BITS), D // 2)
+        rotated_part_to(target + D // 2, valid, second, scale, second_width(BITS), D // 2)
+    else:
+        rotated_part_to(target, valid, level, scale, BITS, D)
+
+
+@triton.jit
+def rotated_part_to(target, valid, level, scale, BITS: tl.constexpr, D: tl.constexpr):
+    """:func:`rotated_to` for codes of one width."""
     ROWS: tl.constexpr = level.shape[0]
     PADDED: tl.constexpr = level.shape[1]
     GROUPS: tl.constexpr = 1 if BITS == 4 else (4 if BITS == 3 else 2)
