@@ -193,7 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="default: docs/images/quality_MODEL.png")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.sweep, arguments.windows, arguments.context = ["methods"], 2, 256
+        arguments.sweep, arguments.windows, arguments.context = ["methods"], 2, 192
     name = arguments.model.resolve().name
     arguments.json = arguments.json or HERE / "results" / f"quality_{name}.json"
     arguments.plot = arguments.plot or ROOT / "docs" / "images" / f"quality_{name}.png"

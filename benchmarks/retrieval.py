@@ -1,8 +1,8 @@
 """Needle prompts through packed caches: exact-match accuracy by length and bits.
 
-PROMPTS is a gzipped JSON list of rows with `length`, `prompt_ids` and `answer_ids`. A prompt goes into the cache in chunks,
-so that all but the first is read by attention over packed pages; the answer counts when greedy decoding
-yields exactly its ids, which is the case when every id is the most likely one after those before it.
+PROMPTS is a gzipped JSON list of rows with `length`, `prompt_ids` and `answer_ids`. A prompt goes into the cache in
+chunks, so that all but the first is read by attention over packed pages; the answer counts when greedy decoding yields
+exactly its ids, which is the case when every id is the most likely one after those before it.
 """
 
 from __future__ import annotations
