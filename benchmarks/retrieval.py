@@ -47,11 +47,10 @@ def packed(bits: float, **options: Any) -> MakeCache:
 
 
 def caches(bits: list[float], sinks: int, recent: int) -> dict[str, MakeCache]:
-    """Full precision, then each width alone, with centred keys, and with windows."""
+    """Full precision, then each width alone, and with centred keys and windows."""
     found: dict[str, MakeCache] = {FULL: stock_cache}
     for width in bits:
         found[f"{width:g} bit"] = packed(width)
-        found[f"{width:g} bit, centred keys"] = packed(width, center_keys=True)
         windows = {"sink_tokens": sinks, "recent_tokens": recent, "center_keys": True}
         found[f"{width:g} bit, centred keys, windows {sinks} + {recent}"] = packed(width, **windows)
     return found
