@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from turboquant_core import Codec, LayoutError, Packed, VectorLayout
+from turboquant_core import CacheCodec, Codec, LayoutError, Packed, PageLayout, VectorLayout
 from turboquant_core.packing import unpack_codes
 from turboquant_core.reference import ReferenceProvider
 from turboquant_core.rotation import rotate
 from turboquant_core.scale import SCALE_RULES
+from turboquant_core.shaping import shaped
 from turboquant_core.testing.cases import boundary_distance, random_vectors
+from turboquant_triton import TritonProvider
 from turboquant_triton.kernels.encode import encode
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
@@ -171,3 +173,13 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         encode(torch.zeros(3, 80, device=device), codec_of(80, 2.5, "int8", device))
     with pytest.raises(LayoutError, match="multiples of 16 up to 256 at 4 bits"):
         encode(torch.zeros(3, 512, device=device), codec_of(512, 4, "int8", device))
+
+
+def test_codes_that_need_a_search_are_refused() -> None:
+    codec = shaped(Codec.create(VectorLayout(64, 3, "int8")), torch.eye(64).unsqueeze(0))
+    with pytest.raises(ValueError, match="provider='reference'"):
+        TritonProvider().encode(torch.randn(2, 1, 64), codec)
+    layout = PageLayout(codec.layout, codec.layout, 16, 1)
+    pages, vectors = torch.zeros(layout.pages_shape(1), dtype=torch.uint8), torch.randn(2, 1, 64)
+    with pytest.raises(ValueError, match="provider='reference'"):
+        TritonProvider().store(vectors, vectors, pages, torch.arange(2), CacheCodec(layout, codec, codec))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turboquant_core import PageLayout
+from turboquant_core import Codec, PageLayout
 from turboquant_core.reference.pages import check_pages
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -15,6 +15,15 @@ def check_float(x: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless ``x`` is fp16, bf16 or fp32."""
     if x.dtype not in _FLOATS:
         raise ValueError(f"{name} is {x.dtype}; the kernels take float16, bfloat16 or float32")
+
+
+def check_rounding(codec: Codec | None) -> None:
+    """Raise ``ValueError`` for a codec that chooses codes in its own way: the kernels take the nearest level."""
+    if codec is not None and type(codec) is not Codec:
+        raise ValueError(
+            f"{type(codec).__name__} chooses its codes by a search that the kernels do not have; pack with "
+            "provider='reference', any provider reads the bytes"
+        )
 
 
 def check_same_device(expected: torch.device, **tensors: Tensor | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from turboquant_core import Attended, CacheCodec, Codec, Gathered, KernelRequest, Packed, PageLayout
 
 from . import operators
+from .checks import check_rounding
 from .support import permute_supported, unsupported_reason
 
 
@@ -55,6 +56,7 @@ class TritonProvider:
 
     def encode(self, x: Tensor, codec: Codec) -> Packed:
         """See :meth:`KernelProvider.encode`."""
+        check_rounding(codec)
         if torch.compiler.is_compiling():
             return operators.encode(x, codec)
         from .kernels.encode import encode
@@ -79,6 +81,8 @@ class TritonProvider:
 
     def store(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec: CacheCodec) -> None:
         """See :meth:`KernelProvider.store`; on a GPU a slot beyond the pages is skipped, not refused."""
+        for vectors in (codec.key, codec.value):
+            check_rounding(vectors)
         if torch.compiler.is_compiling():
             operators.store(key, value, pages, slot_mapping, codec)
             return
