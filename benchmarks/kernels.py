@@ -1,8 +1,10 @@
 """Time the Triton kernels on a GPU beside 16-bit attention, in one run.
 
-One decode step (prepare, attend, merge) over packed pages at 4, 3 and 2 bits; FlashAttention-3 from a vLLM build where
-there is one; torch's SDPA; and the time that reading the packed bytes takes at the measured bandwidth. Then storing
-keys and values: a decode append and a prefill. Medians of CUDA-graph replays, second-level cache flushed before each.
+One decode step (prepare, attend, merge) over packed pages at 4, 3 and 2 bits, and the time that reading the packed
+bytes takes at the measured bandwidth. Beside it whatever is installed: FlashAttention-3 from a vLLM build, else
+FlashAttention-2; torch's SDPA; vLLM's own TurboQuant kernels; fused-turboquant. An absent one is named with the reason.
+Then storing keys and values (a decode append and a prefill), encode and decode. Medians of CUDA-graph replays,
+second-level cache flushed before each. ``--sweep`` tries launch parameters instead.
 """
 
 from __future__ import annotations
@@ -16,16 +18,30 @@ from typing import Any
 
 import torch
 from report import table, write_json
-from rivals import flash_attention_3, flash_attention_3_step, sdpa_step
+from rivals import (
+    VLLM_PRESETS,
+    AbsentError,
+    Step,
+    flash_attention_2_step,
+    flash_attention_3,
+    flash_attention_3_step,
+    fused_turboquant_step,
+    sdpa_step,
+    vllm_turboquant_step,
+)
 from timing import microseconds, read_bandwidth
 from torch import Tensor
 
-from turboquant_core import CacheCodec, KernelProvider, KernelRequest, PageLayout, VectorLayout, load_provider
+from turboquant_core import CacheCodec, Codec, KernelProvider, KernelRequest, PageLayout, VectorLayout, load_provider
 
 HERE = Path(__file__).parent
 BITS = (4, 3, 2)
+HEAD_DIMS = (64, 128, 256)
 KV_HEADS = 8
 SDPA_LARGEST_TOKENS = 1 << 18
+# It writes scores and decoded values in single precision to memory.
+FUSED_LARGEST_TOKENS = 1 << 17
+SWEPT = ("4/128/4", "3/128/4", "2/128/4", "3/256/4", "4/64/4", "3/64/4", "2/64/4", "4/128/16", "store/4/128")
 APPEND_TOKENS = 32
 PREFILL_TOKENS = 1 << 17
 
@@ -74,8 +90,10 @@ def random_pages(layout: PageLayout, shape: Shape) -> tuple[Tensor, Tensor]:
     return pages, torch.randperm(count, device="cuda").int().view(shape.batch, -1).contiguous()
 
 
-def packed_step(provider: KernelProvider, shape: Shape, bits: int, page_size: int) -> Callable[[], Any]:
-    """One decode step of ours, all memory given."""
+def packed_step(
+    provider: KernelProvider, shape: Shape, bits: int, page_size: int, *, allocate: bool = False
+) -> Callable[[], Tensor]:
+    """One decode step of ours, all memory given, or its scratch allocated in each call."""
     layout = page_layout(shape, bits, page_size)
     codec = CacheCodec.create(layout, device="cuda")
     pages, block_table = random_pages(layout, shape)
@@ -83,30 +101,59 @@ def packed_step(provider: KernelProvider, shape: Shape, bits: int, page_size: in
     lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device="cuda")
     request = KernelRequest(layout, query.device, query.dtype, shape.group)
     size = provider.workspace_bytes(request, shape.batch, shape.batch)
-    workspace, out = torch.empty(size, dtype=torch.uint8, device="cuda"), torch.empty_like(query)
+    workspace = None if allocate else torch.empty(size, dtype=torch.uint8, device="cuda")
+    out = torch.empty_like(query)
     scaling = shape.head_dim**-0.5
-    return lambda: provider.attend(
-        query, pages, block_table, lengths, codec, scaling=scaling, out=out, workspace=workspace
+    return lambda: (
+        provider.attend(query, pages, block_table, lengths, codec, scaling=scaling, out=out, workspace=workspace).out
     )
 
 
-def dense_times(shape: Shape, forward: Callable[..., Any] | None) -> dict[str, float]:
-    """FlashAttention-3 and SDPA over bfloat16 keys and values."""
+def contenders(shape: Shape, library: Path | None) -> dict[str, Callable[[Tensor, Tensor, Tensor], Step]]:
+    """What makes each rival ready for queries, keys and values; those too large for the shape left out."""
+    tokens = shape.batch * shape.tokens
+    made: dict[str, Callable[[Tensor, Tensor, Tensor], Step]] = {
+        "fa3": lambda q, k, v: flash_attention_3_step(flash_attention_3(library), q, k, v),
+        "fa2": flash_attention_2_step,
+    }
+    if tokens <= SDPA_LARGEST_TOKENS:
+        made["sdpa"] = sdpa_step
+    for preset in VLLM_PRESETS:
+        made[preset] = lambda q, k, v, preset=preset: vllm_turboquant_step(preset, q, shape.tokens, KV_HEADS)
+    if tokens <= FUSED_LARGEST_TOKENS:
+        for bits in BITS:
+            made[f"fused_turboquant_{bits}"] = lambda q, k, v, bits=bits: fused_turboquant_step(bits, q, k, v)
+    return made
+
+
+def rival_times(shape: Shape, library: Path | None, absent: dict[str, str]) -> dict[str, float]:
+    """Microseconds of each rival that is here; why the others are not goes into ``absent``."""
     q = torch.randn(shape.batch, KV_HEADS * shape.group, shape.head_dim, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(shape.batch, shape.tokens, KV_HEADS, shape.head_dim, device="cuda", dtype=torch.bfloat16)
     v = torch.randn_like(k)
-    times = {}
-    if forward is not None:
-        times["fa3"] = microseconds(flash_attention_3_step(forward, q, k, v))
-    if shape.batch * shape.tokens <= SDPA_LARGEST_TOKENS:
-        times["sdpa"] = microseconds(sdpa_step(q, k, v))
+    times: dict[str, float] = {}
+    for name, prepare in contenders(shape, library).items():
+        if name == "fa2" and "fa3" in times:
+            absent.setdefault(name, "not timed: FlashAttention-3 is here")
+            continue
+        try:
+            times[name] = microseconds(prepare(q, k, v))
+        except AbsentError as error:
+            absent[name] = str(error)
+        torch.cuda.empty_cache()
     return times
 
 
-def attention(provider: KernelProvider, shape: Shape, page_size: int, bandwidth: float, forward: Any) -> dict[str, Any]:
+def attention(
+    provider: KernelProvider,
+    shape: Shape,
+    page_size: int,
+    bandwidth: float,
+    library: Path | None,
+    absent: dict[str, str],
+) -> dict[str, Any]:
     """Microseconds of every contender for one shape."""
-    row: dict[str, Any] = {"shape": str(shape), **dense_times(shape, forward)}
-    torch.cuda.empty_cache()
+    row: dict[str, Any] = {"shape": str(shape), **rival_times(shape, library, absent)}
     for bits in BITS:
         layout = page_layout(shape, bits, page_size)
         row[f"limit_{bits}"] = shape.batch * shape.tokens * KV_HEADS * layout.token_bytes / bandwidth * 1e6
@@ -115,32 +162,77 @@ def attention(provider: KernelProvider, shape: Shape, page_size: int, bandwidth:
     return row
 
 
-def store(provider: KernelProvider, tokens: int, bits: int, page_size: int, bandwidth: float) -> dict[str, Any]:
-    """Microseconds to pack keys and values of ``tokens`` tokens, beside the time to move their bytes."""
-    layout = page_layout(Shape(1, tokens), bits, page_size)
+def vectors(provider: KernelProvider, head_dim: int, bits: int, bandwidth: float) -> dict[str, Any]:
+    """Microseconds to encode and to decode the vectors of a prefill, beside the time to move their bytes."""
+    codec = Codec.create(VectorLayout(head_dim, bits, "int8"), device="cuda")
+    x = torch.randn(PREFILL_TOKENS, KV_HEADS, head_dim, device="cuda", dtype=torch.bfloat16)
+    packed = provider.encode(x, codec)
+    return {
+        "head_dim": head_dim,
+        "bits": bits,
+        "limit": (x.nbytes + packed.nbytes) / bandwidth * 1e6,
+        "encode": microseconds(lambda: provider.encode(x, codec)),
+        "decode": microseconds(lambda: provider.decode(packed, codec, torch.bfloat16)),
+    }
+
+
+def store_step(provider: KernelProvider, tokens: int, layout: PageLayout) -> tuple[Callable[[], Tensor], int]:
+    """Packing keys and values of ``tokens`` tokens, which gives the pages; and the bytes that it moves."""
     codec = CacheCodec.create(layout, device="cuda")
     pages = torch.zeros(layout.pages_shape(layout.pages_for(tokens)), dtype=torch.uint8, device="cuda")
-    key, value = torch.randn(2, tokens, KV_HEADS, 128, device="cuda", dtype=torch.bfloat16)
+    shape = (2, tokens, KV_HEADS, layout.key.head_dim)
+    key, value = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     slots = torch.arange(tokens, device="cuda")
-    moved = key.nbytes + value.nbytes + tokens * KV_HEADS * layout.token_bytes
-    return {
-        "tokens": tokens,
-        "bits": bits,
-        "limit": moved / bandwidth * 1e6,
-        "store": microseconds(lambda: provider.store(key, value, pages, slots, codec)),
-    }
+
+    def step() -> Tensor:
+        provider.store(key, value, pages, slots, codec)
+        return pages
+
+    return step, key.nbytes + value.nbytes + tokens * KV_HEADS * layout.token_bytes
+
+
+def store(
+    provider: KernelProvider, tokens: int, head_dim: int, bits: int, page_size: int, bandwidth: float
+) -> dict[str, Any]:
+    """Microseconds to pack keys and values of ``tokens`` tokens, beside the time to move their bytes."""
+    step, moved = store_step(provider, tokens, page_layout(Shape(1, tokens, head_dim=head_dim), bits, page_size))
+    limit = moved / bandwidth * 1e6
+    return {"tokens": tokens, "head_dim": head_dim, "bits": bits, "limit": limit, "store": microseconds(step)}
+
+
+def sweep_class(provider: KernelProvider, name: str, page_size: int) -> list[dict[str, Any]]:
+    """Launch parameters of ``bits/head_dim/group``, or of ``store/bits/head_dim``, over a prefill."""
+    from sweep import sweep_attend, sweep_store
+
+    if name.startswith("store/"):
+        bits, head_dim = (int(part) for part in name.split("/")[1:])
+        layout = page_layout(Shape(1, PREFILL_TOKENS, head_dim=head_dim), bits, page_size)
+        return sweep_store(store_step(provider, PREFILL_TOKENS, layout)[0])
+    bits, head_dim, group = (int(part) for part in name.split("/"))
+    return sweep_attend(packed_step(provider, Shape(8, 32768, group, head_dim), bits, page_size, allocate=True))
+
+
+def sweep_all(provider: KernelProvider, arguments: argparse.Namespace) -> None:
+    """Sweep the classes named on the command line, and write what is known after each."""
+    results: dict[str, Any] = {}
+    for name in arguments.sweep or SWEPT:
+        results[name] = rows = sweep_class(provider, name, arguments.page_sizes[0])
+        print(f"\n{name}\n\n{table(list(rows[0]), [list(row.values()) for row in rows[:12]])}", flush=True)
+        write_json(arguments.json, results)
 
 
 def attention_table(rows: list[dict[str, Any]]) -> str:
     """Times and, where FlashAttention-3 ran, how many times faster ours is."""
+    known = {name for row in rows for name in row}
+    names = [name for name in contenders(Shape(1, PREFILL_TOKENS), None) if name in known]
     lines = []
     for row in rows:
-        line = [row["shape"], *(f"{row[name]:.1f}" if name in row else "-" for name in ("fa3", "sdpa"))]
+        line = [row["shape"], *(f"{row[name]:.1f}" if name in row else "-" for name in names)]
         for bits in BITS:
             ratio = f" ({row['fa3'] / row[f'packed_{bits}']:.2f}x)" if "fa3" in row else ""
             line.append(f"{row[f'packed_{bits}']:.1f} / {row[f'limit_{bits}']:.1f}{ratio}")
         lines.append(line)
-    return table(["shape", "FA3 bf16", "SDPA bf16", *(f"{bits} bit / limit (FA3 / ours)" for bits in BITS)], lines)
+    return table(["shape", *names, *(f"{bits} bit / limit (FA3 / ours)" for bits in BITS)], lines)
 
 
 def plot(rows: list[dict[str, Any]], target: Path) -> None:
@@ -169,40 +261,62 @@ def replot(arguments: argparse.Namespace) -> None:
     plot(results[f"attention_page_{arguments.page_sizes[0]}"], arguments.plot)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fa3", type=Path, help="vLLM's _vllm_fa3_C shared library; an installed vLLM otherwise")
     parser.add_argument("--provider", default="triton")
-    parser.add_argument("--page-sizes", type=int, nargs="+", default=[128, 16])
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "kernels.json")
+    parser.add_argument("--page-sizes", type=int, nargs="+", default=[128, 64, 32, 16])
+    parser.add_argument("--json", type=Path, help="where the results go; a file in benchmarks/results otherwise")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "images" / "kernels.png")
     parser.add_argument("--replot", action="store_true", help="only draw the plot of the JSON file")
+    help_text = f"try launch parameters of classes bits/head_dim/group or store/bits/head_dim; {' '.join(SWEPT)}"
+    parser.add_argument("--sweep", nargs="*", metavar="CLASS", help=help_text)
     arguments = parser.parse_args()
+    name = "kernels.json" if arguments.sweep is None else "kernels_sweep.json"
+    arguments.json = arguments.json or HERE / "results" / name
+    return arguments
+
+
+def measure(provider: KernelProvider, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every table, printed as it is known."""
+    bandwidth = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth / 1e12:.2f} TB/s, microseconds")
+    absent: dict[str, str] = {}
+    results: dict[str, Any] = {"bandwidth": bandwidth, "absent": absent}
+    for page_size in arguments.page_sizes:
+        shapes = SHAPES if page_size == arguments.page_sizes[0] else SHAPES[:6]
+        results[f"attention_page_{page_size}"] = rows = [
+            attention(provider, shape, page_size, bandwidth, arguments.fa3, absent) for shape in shapes
+        ]
+        print(f"\npages of {page_size} tokens\n\n{attention_table(rows)}", flush=True)
+    for name, reason in absent.items():
+        print(f"absent: {name}: {reason}")
+    results["store"] = [
+        store(provider, tokens, head_dim, bits, arguments.page_sizes[0], bandwidth)
+        for tokens in (APPEND_TOKENS, PREFILL_TOKENS)
+        for head_dim in HEAD_DIMS
+        for bits in BITS
+    ]
+    results["vectors"] = [vectors(provider, head_dim, bits, bandwidth) for head_dim in HEAD_DIMS for bits in BITS]
+    for rows in (results["store"], results["vectors"]):
+        print("\n" + table(list(rows[0]), [list(row.values()) for row in rows]), flush=True)
+    return results
+
+
+def main() -> None:
+    arguments = parsed()
     if arguments.replot:
         replot(arguments)
         return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: these figures are of a GPU")
     provider = load_provider(arguments.provider)
-    forward = flash_attention_3(arguments.fa3)
-    bandwidth = read_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth / 1e12:.2f} TB/s, microseconds")
-    print(f"FlashAttention-3: {'from vLLM' if forward is not None else 'not found'}")
-    results: dict[str, Any] = {"bandwidth": bandwidth}
-    for page_size in arguments.page_sizes:
-        shapes = SHAPES if page_size == arguments.page_sizes[0] else SHAPES[:6]
-        results[f"attention_page_{page_size}"] = rows = [
-            attention(provider, shape, page_size, bandwidth, forward) for shape in shapes
-        ]
-        print(f"\npages of {page_size} tokens\n\n{attention_table(rows)}", flush=True)
-    results["store"] = stores = [
-        store(provider, tokens, bits, arguments.page_sizes[0], bandwidth)
-        for tokens in (APPEND_TOKENS, PREFILL_TOKENS)
-        for bits in BITS
-    ]
-    print("\n" + table(list(stores[0]), [list(row.values()) for row in stores]))
+    if arguments.sweep is not None:
+        sweep_all(provider, arguments)
+        return
+    results = measure(provider, arguments)
     write_json(arguments.json, results)
-    if forward is not None:
+    if "fa3" in results[f"attention_page_{arguments.page_sizes[0]}"][0]:
         replot(arguments)
 
 

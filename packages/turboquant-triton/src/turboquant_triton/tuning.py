@@ -1,4 +1,4 @@
-"""One configuration for each GPU and problem class, measured by ``benchmarks/kernels.py --tune``; no autotuning."""
+"""One configuration for each GPU and problem class, measured by ``benchmarks/kernels.py --sweep``; no autotuning."""
 
 from __future__ import annotations
 

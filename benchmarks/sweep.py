@@ -1,0 +1,71 @@
+"""Launch parameters of the kernels, one class of layout at a time: every combination checked, then timed.
+
+A combination that does not fit the GPU, or whose result differs from that of the default parameters, is named so and
+not timed. The winners belong into ``turboquant_triton.tuning`` and ``turboquant_triton.launch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+from timing import microseconds
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from turboquant_triton.launch import RowsConfig
+from turboquant_triton.tuning import AttendConfig
+
+TOLERANCE = 1e-2
+WARPS_PER_MULTIPROCESSOR = {None: (8, 12), 128: (16,), 96: (20,)}
+
+
+def attend_configs() -> Iterator[AttendConfig]:
+    """Tiles, warps, pipeline depth, and as many programs on a multiprocessor as the registers let in."""
+    for block, num_warps, num_stages in product((64, 128), (1, 2, 4), (2, 3, 4)):
+        for max_registers, resident in WARPS_PER_MULTIPROCESSOR.items():
+            for warps in resident:
+                yield AttendConfig(block, num_warps, num_stages, max(warps // num_warps, 1), max_registers)
+
+
+def rows_configs() -> Iterator[RowsConfig]:
+    """Rows of a tile, warps and pipeline depth of encode and store."""
+    for block, num_warps, num_stages in product((16, 32, 64, 128), (1, 2, 4, 8), (1, 2)):
+        yield RowsConfig(block, num_warps, num_stages)
+
+
+def timed(step: Callable[[], Tensor], expected: Tensor) -> float | str:
+    """Microseconds, or why there are none."""
+    try:
+        got = step().float()
+    except OutOfResources as error:
+        return f"does not fit: {error.name} {error.required} of {error.limit}"
+    if not bool((got - expected).norm() <= TOLERANCE * expected.norm()):
+        return "wrong"
+    return microseconds(step)
+
+
+def sweep(step: Callable[[], Tensor], configs: Iterator[Any], patched: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """One row for each configuration, the fastest first; the one in use is the row ``default``."""
+    expected = step().float().clone()
+    rows = [{"config": "default", "result": microseconds(step)}]
+    for config in configs:
+        with patched(config):
+            rows.append({"config": str(config), "result": timed(step, expected)})
+        torch.cuda.empty_cache()
+    return sorted(rows, key=lambda row: row["result"] if isinstance(row["result"], float) else float("inf"))
+
+
+def sweep_attend(step: Callable[[], Tensor]) -> list[dict[str, Any]]:
+    """Over the parameters of the byte-permute form; ``step`` allocates its workspace, whose size depends on them."""
+    name = "turboquant_triton.attend.attend_config"
+    return sweep(step, attend_configs(), lambda config: mock.patch(name, return_value=config))
+
+
+def sweep_store(step: Callable[[], Tensor]) -> list[dict[str, Any]]:
+    """Over the parameters of encode and store, for whatever number of rows ``step`` has."""
+    name = "turboquant_triton.launch.launch_parameters"
+    return sweep(step, rows_configs(), lambda config: mock.patch(name, return_value=config))
