@@ -1,0 +1,283 @@
+"""From a model and a text to a preset, or to the reason why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import LayoutError
+from ..layout import VectorLayout
+from ..preset import Fingerprint, Preset
+from ..rotation import rotation_signs
+from ..windows import Windows
+from .simulation import DoctorError, Treatment, divergence, run, without_layers
+from .statistics import HeadStatistics, codecs, describe
+
+PAIRS: tuple[tuple[float, float], ...] = ((2, 2), (2.5, 2.5), (3, 2), (3, 3), (3.5, 3.5), (4, 3), (4, 4))
+"""Bits of keys and of values that are tried."""
+PROBE_BITS = 3
+"""Width at which centring, sinks and single layers are compared: errors are plain there."""
+SPARED_BITS = 4
+SINK_TOKENS = 4
+RECENT_TOKENS = 64
+MAX_DIVERGENCE = 0.05
+"""Nats per token over a cache packed to its last token; bits that cost more are called unsafe."""
+RESCUE = 1.25
+"""A recent window makes bits safe that cost at most this many times the limit without one. Most of what a short text
+looks at lies in the window, so that a small figure with it says little about what is further back."""
+WORTHWHILE_WINDOW = 0.5
+"""A recent window is recommended where it leaves less than this part of the divergence."""
+WORTHWHILE = 0.95
+"""Centring and sinks are recommended where they leave less than this part of the divergence."""
+SPARE_FACTOR = 4.0
+"""A layer is spared when it alone diverges this many times more than the median layer, and by its share."""
+SPARE_SHARE = 0.2
+SMALLEST_TEXT = 128
+"""Tokens below which nothing can be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One packable layer.
+
+    Attributes:
+        index: position in the model.
+        keys: statistics of each KV head.
+        values: the same of values.
+        divergence: nats per token when this layer alone is packed at :data:`PROBE_BITS`.
+        spared: whether the preset gives it :data:`SPARED_BITS`.
+    """
+
+    index: int
+    keys: list[HeadStatistics]
+    values: list[HeadStatistics]
+    divergence: float
+    spared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One choice of bits and windows.
+
+    Attributes:
+        bits: (keys, values).
+        windows: tokens in full precision.
+        divergence: nats per token.
+        same_top: share of tokens with the same most probable next token.
+        reason: why it is unsafe; None when it is safe.
+    """
+
+    bits: tuple[float, float]
+    windows: Windows
+    divergence: float
+    same_top: float
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What the doctor found.
+
+    Attributes:
+        model: whose.
+        tokens: of the text.
+        layers: packable layers.
+        left_out: reason by layer index, for layers that stay as they are.
+        probes: divergence at :data:`PROBE_BITS` by what was tried: ``plain``, ``centred``, ``sinks``.
+        verdicts: for each of :data:`PAIRS`, and again with a recent window where that can make it safe or better.
+        preset: the recommendation; None when every choice is unsafe.
+    """
+
+    model: Fingerprint
+    tokens: int
+    layers: list[LayerReport]
+    left_out: dict[int, str]
+    probes: dict[str, float]
+    verdicts: list[Verdict]
+    preset: Preset | None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no preset; None when there is one."""
+        if self.preset is not None:
+            return None
+        return f"at {self.verdicts[-1].bits[0]:g} bits {self.verdicts[-1].reason}"
+
+
+def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE) -> Diagnosis:
+    """Run a text through a model with exact and with simulated packed caches, and choose a preset.
+
+    Makes about ``layers + 18`` passes over the text.
+
+    Args:
+        model: a causal language model of Transformers, in evaluation mode.
+        ids: int64 ``[1, tokens]`` on the model's device, at least :data:`SMALLEST_TEXT` tokens of real text.
+        max_divergence: nats per token that a safe preset may cost.
+
+    Raises:
+        DoctorError: the text is too short, no layer can be packed, or the model itself gives no finite probabilities.
+        PresetError: the model's configuration lacks a size.
+    """
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < SMALLEST_TEXT:
+        raise DoctorError(f"the text is {tuple(ids.shape)} tokens; give [1, at least {SMALLEST_TEXT}]: a longer --text")
+    examination = _Examination(model, ids, max_divergence)
+    return examination.diagnosis()
+
+
+class _Examination:
+    """The runs over one text, each compared with the exact one."""
+
+    def __init__(self, model: Any, ids: Tensor, max_divergence: float) -> None:
+        self._model, self._ids, self._limit = model, ids, max_divergence
+        self._exact, past = run(model, ids, None)
+        if not bool(self._exact.isfinite().all()):
+            raise DoctorError("the model itself gives probabilities that are not finite: load it in another dtype")
+        self._vectors, self._left_out = _packable(past, ids.shape[1], _text_config(model))
+        if not self._vectors:
+            raise DoctorError(f"no layer can be packed: {'; '.join(sorted(set(self._left_out.values())))}")
+
+    def diagnosis(self) -> Diagnosis:
+        """Try, choose, report."""
+        treatment, probes = self._centre_and_sinks()
+        alone = {index: self._divergence(without_layers(treatment, index)) for index in self._vectors}
+        spared = _outlying(alone)
+        verdicts = [verdict for pair in PAIRS for verdict in self._verdicts(treatment, spared, pair)]
+        fingerprint = Fingerprint.of(self._model.config)
+        return Diagnosis(
+            model=fingerprint,
+            tokens=self._ids.shape[1],
+            layers=[self._layer(index, alone[index], index in spared) for index in self._vectors],
+            left_out=self._left_out,
+            probes=probes,
+            verdicts=verdicts,
+            preset=self._preset(fingerprint, treatment, spared, verdicts),
+        )
+
+    def _run(self, treatment: Treatment) -> Tensor:
+        return run(self._model, self._ids, treatment)[0]
+
+    def _divergence(self, treatment: Treatment) -> float:
+        return divergence(self._exact, self._run(treatment))
+
+    def _centre_and_sinks(self) -> tuple[Treatment, dict[str, float]]:
+        """The treatment at :data:`PROBE_BITS` with what is worthwhile, and what each step gave."""
+        best = Treatment(dict.fromkeys(self._vectors, (PROBE_BITS, PROBE_BITS)))
+        probes = {"plain": self._divergence(best)}
+        steps = {"sinks": replace(best, windows=Windows(sink_tokens=SINK_TOKENS))}
+        if _tolerates_centre(_text_config(self._model)):
+            centers = {index: keys.float().mean(1) for index, (keys, _) in self._vectors.items()}
+            steps = {"centred": replace(best, centers=centers)} | steps
+        least = probes["plain"]
+        for name, step in steps.items():
+            tried = replace(step, centers=step.centers or best.centers)
+            probes[name] = self._divergence(tried)
+            if probes[name] < WORTHWHILE * least:
+                best, least = tried, probes[name]
+        return best, probes
+
+    def _verdicts(self, treatment: Treatment, spared: set[int], pair: tuple[float, float]) -> list[Verdict]:
+        """Without a recent window, and with one where the first is not hopeless."""
+        plain = self._verdict(treatment, spared, pair, 0)
+        if plain.divergence <= RESCUE * self._limit:
+            return [plain, self._verdict(treatment, spared, pair, RECENT_TOKENS)]
+        return [plain]
+
+    def _verdict(self, treatment: Treatment, spared: set[int], pair: tuple[float, float], recent: int) -> Verdict:
+        layers = {index: _spared(pair) if index in spared else pair for index in self._vectors}
+        windows = replace(treatment.windows, recent_tokens=recent)
+        got = self._run(replace(treatment, bits=layers, windows=windows))
+        loss = divergence(self._exact, got)
+        same = float((got.argmax(-1) == self._exact.argmax(-1)).float().mean())
+        # Not "loss > limit": a divergence that is NaN is no safe one.
+        safe = loss <= self._limit
+        reason = None if safe else f"it diverges by {loss:.3g} nats per token, the limit is {self._limit:g}"
+        return Verdict(pair, windows, loss, same, reason)
+
+    def _layer(self, index: int, alone: float, spared: bool) -> LayerReport:
+        keys, values = self._vectors[index]
+        return LayerReport(
+            index=index,
+            keys=describe(keys, codecs(keys.shape[-1], keys=True, device=keys.device)),
+            values=describe(values, codecs(values.shape[-1], keys=False, device=values.device)),
+            divergence=alone,
+            spared=spared,
+        )
+
+    def _preset(
+        self, model: Fingerprint, treatment: Treatment, spared: set[int], verdicts: list[Verdict]
+    ) -> Preset | None:
+        chosen = _chosen(verdicts)
+        if chosen is None:
+            return None
+        return Preset(
+            model=model,
+            bits=chosen.bits,
+            layers={index: _spared(chosen.bits) for index in spared if _spared(chosen.bits) != chosen.bits},
+            windows=chosen.windows,
+            centers={index: center.cpu() for index, center in treatment.centers.items()},
+            measured={"divergence": chosen.divergence, "same_top": chosen.same_top, "tokens": self._ids.shape[1]},
+        )
+
+
+def _spared(pair: tuple[float, float]) -> tuple[float, float]:
+    return max(pair[0], SPARED_BITS), max(pair[1], SPARED_BITS)
+
+
+def _chosen(verdicts: list[Verdict]) -> Verdict | None:
+    """The safe choice of fewest bits, of those the one that diverges least without a recent window; with the window
+    where it is worthwhile.
+    """
+    by_bits: dict[tuple[float, float], list[Verdict]] = {}
+    for verdict in verdicts:
+        by_bits.setdefault(verdict.bits, []).append(verdict)
+    safe = {pair: own for pair, own in by_bits.items() if any(verdict.reason is None for verdict in own)}
+    if not safe:
+        return None
+    plain, *windowed = safe[min(safe, key=lambda pair: (sum(pair), safe[pair][0].divergence))]
+    worthwhile = [v for v in windowed if plain.reason or v.divergence < WORTHWHILE_WINDOW * plain.divergence]
+    return worthwhile[0] if worthwhile else plain
+
+
+def _outlying(alone: dict[int, float]) -> set[int]:
+    """Layers that cost far more than the others."""
+    median, total = sorted(alone.values())[(len(alone) - 1) // 2], sum(alone.values())
+    return {i for i, loss in alone.items() if loss > SPARE_FACTOR * median and loss >= SPARE_SHARE * total}
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _tolerates_centre(config: Any) -> bool:
+    """A centre shifts every score of a row alike: a soft-cap or attention sinks would see it."""
+    return getattr(config, "attn_logit_softcapping", None) is None and config.model_type != "gpt_oss"
+
+
+def _packable(past: Any, tokens: int, config: Any) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, str]]:
+    """Keys and values ``[kv_heads, tokens, head_dim]`` of the layers that can be packed; reasons of the others."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    found, left_out = {}, {}
+    for index, layer in enumerate(past.layers):
+        keys = getattr(layer, "keys", None)
+        if types[index] != "full_attention":
+            left_out[index] = f"it is {types[index]}"
+        elif not isinstance(keys, Tensor) or keys.dim() != 4 or keys.shape[2] != tokens:
+            left_out[index] = "its cache holds no key for each token"
+        else:
+            reason = _unpackable(keys.shape[-1]) or _unpackable(layer.values.shape[-1])
+            if reason is None:
+                found[index] = (keys[0], layer.values[0])
+            else:
+                left_out[index] = reason
+    return found, left_out
+
+
+def _unpackable(head_dim: int) -> str | None:
+    try:
+        VectorLayout(head_dim, SPARED_BITS, "int8")
+        rotation_signs(head_dim)
+    except LayoutError as error:
+        return str(error)
+    return None

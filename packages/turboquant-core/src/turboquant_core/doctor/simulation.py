@@ -1,0 +1,130 @@
+"""A model run over keys and values as packing makes them, by a stock cache of Transformers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codec import KEY_STREAM, VALUE_STREAM, Codec
+from ..errors import TurboQuantError
+from ..layout import VectorLayout
+from ..windows import Windows
+from .statistics import round_trip
+
+CHUNK_TOKENS = 32
+"""Tokens of a forward pass where a recent window has to be seen: those before them are read from the cache."""
+
+
+class DoctorError(TurboQuantError, RuntimeError):
+    """The doctor cannot examine what it was given."""
+
+
+@cache
+def transformers() -> Any:
+    """The package, imported when it is first needed.
+
+    Raises:
+        DoctorError: it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise DoctorError("the doctor runs models with Transformers: pip install 'transformers>=5.5'") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """How the cache of each layer is coded.
+
+    Attributes:
+        bits: (keys, values) by layer; a layer that it lacks stays exact.
+        centers: float32 ``[kv_heads, head_dim]`` by layer.
+        windows: tokens in full precision.
+    """
+
+    bits: Mapping[int, tuple[float, float]]
+    centers: Mapping[int, Tensor] = field(default_factory=dict)
+    windows: Windows = Windows()  # noqa: RUF009 (immutable)
+
+
+class Simulation:
+    """Keys and values ``[batch, kv_heads, tokens, head_dim]`` of each layer on their way from cache to attention."""
+
+    def __init__(self, treatment: Treatment) -> None:
+        self._treatment = treatment
+        self._codecs: dict[tuple[int, bool], Codec] = {}
+
+    def read(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads in place of the exact vectors."""
+        if layer not in self._treatment.bits:
+            return keys, values
+        return self._coded(layer, keys, True), self._coded(layer, values, False)
+
+    def _coded(self, layer: int, x: Tensor, is_key: bool) -> Tensor:
+        windows, tokens = self._treatment.windows, x.shape[2]
+        first, last = min(windows.sink_tokens, tokens), max(tokens - windows.recent_tokens, 0)
+        if last <= first:
+            return x
+        own = x[:, :, first:last].transpose(1, 2)
+        coded = round_trip(own, self._codec(layer, x, is_key)).transpose(1, 2).to(x.dtype)
+        return torch.cat((x[:, :, :first], coded, x[:, :, last:]), dim=2)
+
+    def _codec(self, layer: int, x: Tensor, is_key: bool) -> Codec:
+        known = self._codecs.get((layer, is_key))
+        if known is None:
+            bits, head_dim = self._treatment.bits[layer][0 if is_key else 1], x.shape[-1]
+            if is_key:
+                center = self._treatment.centers.get(layer)
+                layout = VectorLayout(head_dim, bits, "int8")
+                known = Codec.create(layout, stream=KEY_STREAM, center=center, device=x.device)
+            else:
+                layout = VectorLayout(head_dim, bits, "cubic")
+                known = Codec.create(layout, stream=VALUE_STREAM, scale_rule="least_squares", device=x.device)
+            self._codecs[layer, is_key] = known
+        return known
+
+
+def run(model: Any, ids: Tensor, treatment: Treatment | None) -> tuple[Tensor, Any]:
+    """Logarithms of the next-token probabilities, float32 ``[tokens, vocabulary]``, and the cache of exact vectors.
+
+    Every key and value, the token's own included, is read as ``treatment`` makes it; None leaves all exact.
+
+    Args:
+        model: of Transformers.
+        ids: int64 ``[1, tokens]``.
+        treatment: how.
+    """
+    past = transformers().DynamicCache(config=model.config)
+    if treatment is not None:
+        past.update = _treated(past.update, Simulation(treatment))
+    step = CHUNK_TOKENS if treatment is not None and treatment.windows.recent_tokens else ids.shape[1]
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    logits = []
+    with torch.no_grad():
+        for chunk in ids.split(step, dim=1):
+            logits.append(model(input_ids=chunk, use_cache=True, **{name: past}).logits[0].float())
+    return torch.log_softmax(torch.cat(logits), dim=-1), past
+
+
+def _treated(update: Callable[..., tuple[Tensor, Tensor]], simulation: Simulation) -> Callable[..., Any]:
+    def read(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return simulation.read(layer, *update(keys, values, layer, *args, **kwargs))
+
+    return read
+
+
+def divergence(exact: Tensor, got: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of ``got`` from ``exact``, log-probabilities ``[tokens, words]``, in nats."""
+    return float((exact.exp() * (exact - got)).sum(-1).mean())
+
+
+def without_layers(treatment: Treatment, keep: int) -> Treatment:
+    """The treatment of layer ``keep`` alone."""
+    return replace(treatment, bits={keep: treatment.bits[keep]})
