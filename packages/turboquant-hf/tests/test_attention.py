@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from turboquant_core import CacheCodec, PackedSequences, PageLayout, RawLayout, ReferenceProvider, VectorLayout
+from turboquant_core import (
+    CacheCodec,
+    PackedSequences,
+    PageLayout,
+    RawLayout,
+    ReferenceProvider,
+    VectorLayout,
+    WindowedSequences,
+    Windows,
+)
 from turboquant_hf.attention import turboquant_attention
 from turboquant_hf.compat import sdpa_attention_forward
 from turboquant_hf.counters import LayerCounters
@@ -24,7 +33,7 @@ def past(value: VectorLayout | RawLayout, dtype: torch.dtype = torch.float32) ->
     store = PackedSequences(2, CacheCodec.create(layout), ReferenceProvider(), dtype)
     both = torch.randn(2, 2, 2, LENGTH, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     store.append(*both)
-    return StepPast(store.past(), dtype, LayerCounters())
+    return StepPast(WindowedSequences(store, Windows()).past(), dtype, LayerCounters())
 
 
 @pytest.fixture

@@ -74,8 +74,8 @@ def test_a_copy_shares_provider_and_codec_but_no_page(pair: tuple[TurboQuantCach
     old, new = packed.layers[0].packed_sequences, copy.deepcopy(packed).layers[0].packed_sequences
     assert new.provider is old.provider
     assert new.codec is old.codec
-    assert new.past().pages.data_ptr() != old.past().pages.data_ptr()
-    assert torch.equal(new.past().pages, old.past().pages)
+    assert new.past().packed.pages.data_ptr() != old.past().packed.pages.data_ptr()
+    assert torch.equal(new.past().packed.pages, old.past().packed.pages)
 
 
 def test_save_and_load(llama: Any, pair: tuple[TurboQuantCache, Any]) -> None:
@@ -97,9 +97,9 @@ def test_another_number_of_sequences_is_another_prompt(llama: Any, pair: tuple[T
 
 def test_pages_grow_without_a_copy_of_every_step(llama: Any, pair: tuple[TurboQuantCache, Any]) -> None:
     packed, _ = pair
-    pages = {packed.layers[0].packed_sequences.past().pages.data_ptr()}
+    pages = {packed.layers[0].packed_sequences.past().packed.pages.data_ptr()}
     for _ in range(5):
         step(llama, packed, 3)
-        pages.add(packed.layers[0].packed_sequences.past().pages.data_ptr())
+        pages.add(packed.layers[0].packed_sequences.past().packed.pages.data_ptr())
     assert packed.get_seq_length() == 31
     assert len(pages) == 1

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from turboquant_core import CacheCodec, PackedSequences, PageLayout, ReferenceProvider, VectorLayout
+from turboquant_core import (
+    CacheCodec,
+    PackedSequences,
+    PageLayout,
+    ReferenceProvider,
+    VectorLayout,
+    WindowedSequences,
+    Windows,
+)
 from turboquant_hf.counters import LayerCounters
 from turboquant_hf.handle import PackedTensor, StepPast
 
@@ -17,7 +25,7 @@ def step() -> StepPast:
     store = PackedSequences(3, CacheCodec.create(layout), ReferenceProvider(), torch.float32)
     generator = torch.Generator().manual_seed(0)
     store.append(torch.randn(3, 2, 20, 32, generator=generator), torch.randn(3, 2, 20, 64, generator=generator))
-    return StepPast(store.past(), torch.float32, LayerCounters())
+    return StepPast(WindowedSequences(store, Windows()).past(), torch.float32, LayerCounters())
 
 
 def test_shape_and_dtype_without_decoding(step: StepPast) -> None:

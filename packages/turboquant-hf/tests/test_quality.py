@@ -45,7 +45,7 @@ def test_exact_attention_is_what_the_reference_computes(softcap: float | None, w
     }
     decoded = store.past().read(0, 20, torch.float32)
     expected = store.past().attend(query, **options).out
-    torch.testing.assert_close(exact_attention(query, *decoded, **options), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exact_attention(query, decoded, **options), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_more_bits_are_closer(llama: Any) -> None:

@@ -57,21 +57,23 @@ def _visibility(
         return f"argument {unknown}"
     if module.training and kwargs.get("dropout"):
         return "attention dropout"
-    if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < step.past.length:
+    window = kwargs.get("sliding_window")
+    if window not in (None, step.window) and window < step.length:
         return "sliding window shorter than the packed past"
     if query.shape[2] > LARGEST_FUSED_QUERY:
         return LONG_QUERY
     unfit = unfit_query(step, query, needs_offset=bool(_OFFSET_MATTERS & {n for n in kwargs if kwargs[n] is not None}))
     if unfit is not None:
         return unfit
-    return read_mask(mask, query.shape[0], query.shape[2], step.past.length, _is_causal(module, kwargs))
+    return read_mask(mask, query.shape[0], query.shape[2], step.length, _is_causal(module, kwargs), step.window)
 
 
-def _causal_mask(base: Attention, query: Tensor, length: int) -> Tensor:
+def _causal_mask(base: Attention, query: Tensor, length: int, window: int | None) -> Tensor:
     """Mask ``[1, 1, q_len, length]``, aligned to the last key: what a missing mask means over a past."""
     q_len = query.shape[2]
     position = torch.arange(length - q_len, length, device=query.device).view(1, 1, -1, 1)
-    visible = torch.arange(length, device=query.device).view(1, 1, 1, -1) <= position
+    key = torch.arange(length, device=query.device).view(1, 1, 1, -1)
+    visible = (key <= position) & (key > position - (window or length))
     if base is sdpa_attention_forward:
         return visible
     return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
@@ -85,8 +87,8 @@ def _decoded_attention(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if mask is None and 1 < query.shape[2] < step.past.length and _is_causal(module, kwargs):
-        mask = _causal_mask(base, query, step.past.length)
+    if mask is None and 1 < query.shape[2] < step.length and _is_causal(module, kwargs):
+        mask = _causal_mask(base, query, step.length, step.window)
     return base(module, query, *step.decoded, mask, **kwargs)
 
 

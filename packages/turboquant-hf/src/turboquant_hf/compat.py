@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inspect import signature
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASK_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
@@ -21,6 +21,7 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "PreTrainedModel",
     "eager_mask",
     "sdpa_attention_forward",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import torch
 from torch import Tensor
 
 from .handle import StepPast
@@ -42,9 +45,36 @@ def fused_attention(
 
     Queries that see all keys (no causal order) become heads of a single query token.
     """
+    _check_sinks(step, visibility)
     batch, q_heads, q_len, head_dim = query.shape
     folded = not visibility.causal and q_len > 1
     if folded:
         query = query.reshape(batch, q_heads * q_len, 1, head_dim)
-    out = step.past.attend(query, scaling=scaling, seq_starts=visibility.seq_starts, softcap=softcap, sinks=sinks).out
+    out = step.past.attend(
+        query,
+        scaling=scaling,
+        seq_starts=_starts(step, visibility),
+        window=visibility.window,
+        softcap=softcap,
+        sinks=sinks,
+    ).out
     return out.reshape(batch, q_heads, q_len, -1) if folded else out
+
+
+def _starts(step: StepPast, visibility: Visibility) -> Tensor | None:
+    """First visible position in the past, of which the handles may show the end only."""
+    if not step.hidden:
+        return visibility.seq_starts
+    shown = visibility.seq_starts
+    if shown is None:
+        shown = torch.zeros(step.past.batch, dtype=torch.int32, device=step.past.device)
+    return shown + step.hidden
+
+
+def _check_sinks(step: StepPast, visibility: Visibility) -> None:
+    if step.past.sinks.count and visibility.seq_starts is not None and not step.padding_is_known:
+        warnings.warn(
+            "sink_tokens kept padding in full precision, because the cache was not told of the left padding: use "
+            "patch_model(), or call note_padding(attention_mask) on the cache before each forward",
+            stacklevel=2,
+        )

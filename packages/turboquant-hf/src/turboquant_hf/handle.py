@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from turboquant_core import Gathered, PackedPast
+from turboquant_core import Gathered, WindowedPast
 
 from .counters import LayerCounters
 
@@ -27,13 +27,33 @@ class StepPast:
         past: the pages as they are now; kept even when the cache moves or grows meanwhile.
         dtype: of the dense tensors that the handles stand for.
         counters: where the layer counts its calls.
+        length: how many of the last tokens the handles show; None for all.
+        window: keys that a query sees, itself included; None for all.
+        padding_is_known: whether the layer was told where its sequences begin.
     """
 
-    def __init__(self, past: PackedPast, dtype: torch.dtype, counters: LayerCounters) -> None:
+    def __init__(
+        self,
+        past: WindowedPast,
+        dtype: torch.dtype,
+        counters: LayerCounters,
+        *,
+        length: int | None = None,
+        window: int | None = None,
+        padding_is_known: bool = True,
+    ) -> None:
         self.past = past
         self.dtype = dtype
         self.counters = counters
+        self.length = past.length if length is None else length
+        self.window = window
+        self.padding_is_known = padding_is_known
         self._is_counted = False
+
+    @property
+    def hidden(self) -> int:
+        """Tokens of the past before the first that the handles show."""
+        return self.past.length - self.length
 
     def count_decoded(self, reason: str) -> None:
         """Count this forward as decoded; only its first reason counts, a model's attention has several operations."""
@@ -44,7 +64,7 @@ class StepPast:
     @cached_property
     def decoded(self) -> Gathered:
         """Dense keys and values, decoded once however many operations ask."""
-        keys, values = self.past.read(0, self.past.length, self.dtype)
+        keys, values = self.past.read(self.hidden, self.past.length, self.dtype)
         # The strides that the handles have promised: models call view().
         return Gathered(keys.contiguous(), values.contiguous())
 
@@ -59,8 +79,8 @@ class PackedTensor(Tensor):
     def __new__(cls, step: StepPast, kind: Literal["keys", "values"]) -> PackedTensor:
         layout = step.past.codec.layout
         head_dim = layout.key.head_dim if kind == "keys" else layout.value.head_dim
-        shape = (step.past.block_table.shape[0], layout.kv_heads, step.past.length, head_dim)
-        self: PackedTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=step.dtype, device=step.past.pages.device)
+        shape = (step.past.batch, layout.kv_heads, step.length, head_dim)
+        self: PackedTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=step.dtype, device=step.past.device)
         self.step, self.kind = step, kind
         return self
 

@@ -11,7 +11,7 @@ from .visibility import Visibility, read_mask
 
 
 def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Visibility | str:
-    q_len, length = query.shape[2], step.past.length
+    q_len, length = query.shape[2], step.length
     if dropout > 0:
         return "attention dropout"
     if is_causal:
@@ -24,7 +24,7 @@ def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float
     unfit = unfit_query(step, query)
     if unfit is not None:
         return unfit
-    return read_mask(mask, query.shape[0], q_len, length, causal=False)
+    return read_mask(mask, query.shape[0], q_len, length, causal=False, window=step.window)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from turboquant_core import (
     PageLayout,
     RawLayout,
     VectorLayout,
+    WindowedPast,
+    WindowedSequences,
     select_provider,
 )
 
@@ -24,6 +27,33 @@ from .compat import DynamicLayer
 from .counters import LayerCounters
 from .handle import PackedTensor, StepPast
 from .options import CacheOptions
+from .padding import Padding
+
+
+class Probe(Protocol):
+    """What measures a layer during verification."""
+
+    def see(self, keys: Tensor, values: Tensor) -> None:
+        """Keys and values of an update."""
+
+    def watch(self, past: WindowedPast) -> WindowedPast:
+        """A past that measures as it attends."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What the first keys and values fix for the life of a layer."""
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor) -> LayerShape:
+        """Shape of keys ``[batch, kv_heads, tokens, head_dim]`` and their values."""
+        return cls(key.shape[0], key.shape[1], key.shape[-1], value.shape[-1], key.dtype)
 
 
 class TurboQuantLayer(DynamicLayer):
@@ -33,15 +63,26 @@ class TurboQuantLayer(DynamicLayer):
         layer_idx: position in the model.
         n_layers: layers of the model.
         options: of the cache.
+        padding: of the cache's sequences.
+
+    Raises:
+        ValueError: ``bits`` says nothing about this layer.
     """
 
-    def __init__(self, layer_idx: int, n_layers: int, options: CacheOptions) -> None:
-        self.store: PackedSequences | None = None
+    window: int | None = None
+    """Tokens that a query sees, itself included; None for all."""
+
+    def __init__(self, layer_idx: int, n_layers: int, options: CacheOptions, padding: Padding) -> None:
+        self.store: WindowedSequences | None = None
         self.layer_idx = layer_idx
         self.options = options
+        self.bits = options.layer_bits(layer_idx)
         self.packs_values = options.packs_values(layer_idx, n_layers)
+        self.windows = options.windows
+        self.padding = padding
         self.counters = LayerCounters()
-        super().__init__()  # type: ignore[no-untyped-call]
+        self.probe: Probe | None = None
+        DynamicLayer.__init__(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create the pages from the first keys ``[batch, kv_heads, tokens, head_dim]`` and values.
@@ -50,31 +91,37 @@ class TurboQuantLayer(DynamicLayer):
             LayoutError: the head_dim cannot be packed; names the layer.
             ProviderError: no kernel provider fits.
         """
-        self.dtype, self.device = key_states.dtype, key_states.device
+        center = self.options.center(self.layer_idx, key_states)
+        self.create_store(LayerShape.of(key_states, value_states), key_states.device, center)
+
+    def create_store(self, shape: LayerShape, device: torch.device, center: Tensor | None) -> None:
+        """Create empty pages; see :meth:`lazy_initialization`."""
+        self.dtype, self.device = shape.dtype, device
         try:
-            layout = self._layout(key_states, value_states)
-            center = key_states.float().mean(dim=(0, 2)) if self.options.center_keys else None
-            codec = CacheCodec.create(layout, seed=self.options.seed, center=center, device=self.device)
-        except LayoutError as error:
+            layout = self._layout(shape)
+            codec = CacheCodec.create(layout, seed=self.options.seed, center=center, device=device)
+        except (LayoutError, ValueError) as error:
             raise LayoutError(f"layer {self.layer_idx} cannot be packed: {error}") from error
-        provider = select_provider(KernelRequest(layout, self.device, self.dtype), self.options.provider)
-        self.store = PackedSequences(key_states.shape[0], codec, provider, self.dtype)
+        provider = select_provider(KernelRequest(layout, device, self.dtype), self.options.provider)
+        self.store = WindowedSequences(PackedSequences(shape.batch, codec, provider, self.dtype), self.windows)
         self.is_initialized = True
 
-    def _layout(self, key: Tensor, value: Tensor) -> PageLayout:
-        packed = VectorLayout(value.shape[-1], self.options.value_bits, "cubic") if self.packs_values else None
+    def _layout(self, shape: LayerShape) -> PageLayout:
+        key_bits, value_bits = self.bits
+        packed = VectorLayout(shape.value_head_dim, value_bits, "cubic") if self.packs_values else None
         return PageLayout(
-            key=VectorLayout(key.shape[-1], self.options.key_bits, "int8"),
-            value=packed or RawLayout(value.shape[-1], self.dtype.itemsize),
+            key=VectorLayout(shape.head_dim, key_bits, "int8"),
+            value=packed or RawLayout(shape.value_head_dim, self.dtype.itemsize),
             page_size=self.options.page_size,
-            kv_heads=key.shape[1],
+            kv_heads=shape.kv_heads,
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values; return what attention should use.
 
         The first call returns its arguments, so that a prompt is attended to in full precision by the model's own
-        kernel; later calls return :class:`PackedTensor` handles of the whole past.
+        kernel; later calls return :class:`PackedTensor` handles of the whole past, or the past itself while nothing of
+        it is packed.
 
         Raises:
             ValueError: another number of sequences than the cache holds.
@@ -87,13 +134,23 @@ class TurboQuantLayer(DynamicLayer):
                 f"layer {self.layer_idx} holds {store.batch} sequences and got {key_states.shape[0]}: this cache "
                 "belongs to another prompt; start a new cache, or call reset() on this one"
             )
+        self.prefetch()
+        if self.probe is not None:
+            self.probe.see(key_states, value_states)
         first = store.length == 0
         # Raw values are stored as they are, so that one dtype must do for the whole past.
-        store.append(key_states, value_states.to(self.dtype))
-        return (key_states, value_states) if first else self._handles()
+        store.append(key_states, value_states.to(self.dtype), self.padding.starts(store.batch))
+        if first:
+            return key_states, value_states
+        return self._exact() or self._handles()
+
+    def _exact(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values, as long as all of them are in the recent window."""
+        store = self.packed_sequences
+        return None if store.packed.length else store.recent
 
     @property
-    def packed_sequences(self) -> PackedSequences:
+    def packed_sequences(self) -> WindowedSequences:
         """The pages.
 
         Raises:
@@ -103,8 +160,18 @@ class TurboQuantLayer(DynamicLayer):
             raise RuntimeError(f"layer {self.layer_idx} holds no tokens yet")
         return self.store
 
+    def step_past(self) -> StepPast:
+        """What attention may read now."""
+        return StepPast(self.past(), self.dtype, self.counters, padding_is_known=self.padding.is_known)
+
+    def past(self) -> WindowedPast:
+        """Everything that is held."""
+        self.prefetch()
+        past = self.packed_sequences.past()
+        return past if self.probe is None else self.probe.watch(past)
+
     def _handles(self) -> tuple[PackedTensor, PackedTensor]:
-        step = StepPast(self.packed_sequences.past(), self.dtype, self.counters)
+        step = self.step_past()
         return PackedTensor(step, "keys"), PackedTensor(step, "values")
 
     @property
@@ -182,11 +249,11 @@ class TurboQuantLayer(DynamicLayer):
         return copied
 
     def offload(self) -> None:
-        """Refused: packed pages are small and stay on the device.
+        """Move the pages to the CPU until the next update; attention keeps what it was handed."""
+        if self.store is not None:
+            self.store.move("cpu")
 
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            "a packed cache cannot be offloaded yet: leave offloading=False; packed pages are a quarter of the size"
-        )
+    def prefetch(self) -> None:
+        """Move the pages back to the device of the layer."""
+        if self.store is not None and self.store.device != self.device:
+            self.store.move(self.device)

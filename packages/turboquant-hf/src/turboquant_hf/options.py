@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from torch import Tensor
+
+from turboquant_core import Windows
 from turboquant_core.layout import BITS, PAGE_SIZE_MULTIPLE, check_bits
 
-Bits: TypeAlias = float | tuple[float, float]
+LayerBits: TypeAlias = float | tuple[float, float]
+Bits: TypeAlias = LayerBits | Mapping[int, LayerBits] | Callable[[int], LayerBits]
 CompressV: TypeAlias = bool | Literal["boundary"] | Callable[[int, int], bool]
+CenterKeys: TypeAlias = bool | Mapping[int, Tensor] | Sequence[Tensor] | Tensor
 
 BOUNDARY_LAYERS = 2
 """``compress_v="boundary"`` keeps the values of this many first and last layers in full precision."""
 
 
-@dataclass(frozen=True, slots=True)
-class CacheOptions:
-    """Options of a packed cache.
+def _pair(bits: object, where: str = "") -> tuple[float, float]:
+    """Bits of keys and of values."""
+    pair = bits if isinstance(bits, tuple) else (bits, bits)
+    if len(pair) != 2:
+        raise ValueError(f"bits is {bits!r}{where}; choose one of {BITS}, or a pair (keys, values) of them")
+    key, value = (check_bits(part) for part in pair)
+    return key, value
 
-    Args:
-        bits: 2, 2.5, 3, 3.5 or 4, or a pair (keys, values).
-        compress_v: whether values are packed: for all layers, all but the boundary layers, or
-            ``compress_v(layer_idx, n_layers)``.
-        seed: rotation seed.
-        page_size: tokens of a page.
-        provider: kernel provider by name; None selects one.
-        center_keys: subtract the mean key of the prompt before packing.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheOptions:
+    """Options of a packed cache; :class:`TurboQuantCache` says what they mean.
 
     Raises:
         ValueError: an option is outside its range.
@@ -37,14 +42,16 @@ class CacheOptions:
     seed: int = 42
     page_size: int = 64
     provider: str | None = None
-    center_keys: bool = False
+    center_keys: CenterKeys = False
+    windows: Windows = Windows()  # noqa: RUF009 (immutable)
+    compress_sliding: bool = False
 
     def __post_init__(self) -> None:
-        pair = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
-        if len(pair) != 2:
-            raise ValueError(f"bits is {self.bits!r}; choose one of {BITS}, or a pair (keys, values) of them")
-        for bits in pair:
-            check_bits(bits)
+        if isinstance(self.bits, Mapping):
+            for layer_idx, bits in self.bits.items():
+                _pair(bits, f" for layer {layer_idx}")
+        elif not callable(self.bits):
+            _pair(self.bits)
         if not (isinstance(self.compress_v, bool) or callable(self.compress_v) or self.compress_v == "boundary"):
             raise ValueError(
                 f"compress_v is {self.compress_v!r}; it must be True, False, 'boundary' or a callable "
@@ -52,16 +59,24 @@ class CacheOptions:
             )
         if self.page_size < PAGE_SIZE_MULTIPLE or self.page_size % PAGE_SIZE_MULTIPLE:
             raise ValueError(f"page_size is {self.page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}")
+        if not isinstance(self.center_keys, bool | Mapping | list | tuple | Tensor):
+            raise ValueError(
+                f"center_keys is {self.center_keys!r}; it must be True, False, or a tensor [kv_heads, head_dim] for "
+                "each layer, by index"
+            )
 
-    @property
-    def key_bits(self) -> float:
-        """Bits of a key coordinate."""
-        return self.bits[0] if isinstance(self.bits, tuple) else self.bits
+    def layer_bits(self, layer_idx: int) -> tuple[float, float]:
+        """Bits of the keys and of the values of a layer.
 
-    @property
-    def value_bits(self) -> float:
-        """Bits of a value coordinate, where values are packed."""
-        return self.bits[1] if isinstance(self.bits, tuple) else self.bits
+        Raises:
+            ValueError: a mapping has no entry for the layer, or a callable gave no bits.
+        """
+        where = f" for layer {layer_idx}"
+        if isinstance(self.bits, Mapping):
+            if layer_idx not in self.bits:
+                raise ValueError(f"bits has no entry{where}, which is packed; it has {sorted(self.bits)}")
+            return _pair(self.bits[layer_idx], where)
+        return _pair(self.bits(layer_idx) if callable(self.bits) else self.bits, where)
 
     def packs_values(self, layer_idx: int, n_layers: int) -> bool:
         """Whether layer ``layer_idx`` of ``n_layers`` packs its values."""
@@ -70,3 +85,22 @@ class CacheOptions:
         if self.compress_v == "boundary":
             return BOUNDARY_LAYERS <= layer_idx < n_layers - BOUNDARY_LAYERS
         return bool(self.compress_v(layer_idx, n_layers))
+
+    def center(self, layer_idx: int, keys: Tensor) -> Tensor | None:
+        """What is subtracted from the keys of a layer, float ``[kv_heads, head_dim]``.
+
+        Args:
+            layer_idx: position in the model; one that a mapping lacks is not centred.
+            keys: the first keys ``[batch, kv_heads, tokens, head_dim]``.
+
+        Raises:
+            ValueError: there are fewer means than layers.
+        """
+        given = self.center_keys
+        if isinstance(given, bool):
+            return keys.float().mean(dim=(0, 2)) if given else None
+        if isinstance(given, Mapping):
+            return given.get(layer_idx)
+        if layer_idx >= len(given):
+            raise ValueError(f"center_keys has means for {len(given)} layers, none for layer {layer_idx}")
+        return given[layer_idx]

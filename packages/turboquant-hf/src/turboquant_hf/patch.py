@@ -12,7 +12,7 @@ from turboquant_core import TurboQuantError
 from .attention import register
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
-from .options import Bits, CompressV
+from .options import Bits
 from .prompts import unwatch_prompts, watch_prompts
 from .quality import QualityWarning, concerns
 from .registration import BASES, NAMES, check_attention, why_not_registered
@@ -31,12 +31,8 @@ def patch_model(
     model: PreTrainedModel,
     bits: Bits = 4,
     *,
-    compress_v: CompressV = True,
     verify: bool = True,
-    seed: int = 42,
-    page_size: int = 64,
-    provider: str | None = None,
-    center_keys: bool = False,
+    **options: Any,
 ) -> TurboQuantCache:
     """Make ``model`` attend to packed pages and return a cache for it.
 
@@ -47,13 +43,9 @@ def patch_model(
 
     Args:
         model: a decoder.
-        bits: 2, 3 or 4, or a pair (keys, values).
-        compress_v: see :class:`TurboQuantCache`.
+        bits: see :class:`TurboQuantCache`.
         verify: compare a short generation with the stock cache (:func:`turboquant_hf.verify_model`) before returning.
-        seed: rotation seed.
-        page_size: tokens of a page.
-        provider: kernel provider by name; None selects one.
-        center_keys: see :class:`TurboQuantCache`.
+        options: of :class:`TurboQuantCache`.
 
     Returns:
         An empty cache; what was verified is in its ``verification``. Pass it to ``generate`` as ``cache``
@@ -66,15 +58,7 @@ def patch_model(
     """
 
     def fresh() -> TurboQuantCache:
-        return TurboQuantCache(
-            model.config,
-            bits,
-            compress_v=compress_v,
-            seed=seed,
-            page_size=page_size,
-            provider=provider,
-            center_keys=center_keys,
-        )
+        return TurboQuantCache(model.config, bits, **options)
 
     cache = fresh()
     check_attention(model)
@@ -88,7 +72,7 @@ def patch_model(
         except TurboQuantError:
             unpatch_model(model)
             raise
-        for concern in concerns(cache.verification.layers, centered=center_keys):
+        for concern in concerns(cache.verification.layers, centered=options.get("center_keys", False) is not False):
             warnings.warn(f"{type(model).__name__}: {concern}", QualityWarning, stacklevel=2)
     return cache
 
@@ -107,7 +91,7 @@ def turboquant(model: PreTrainedModel, bits: Bits = 4, **options: Any) -> Iterat
 
     Args:
         model: a decoder.
-        bits: 2, 3 or 4, or a pair (keys, values).
+        bits: see :class:`TurboQuantCache`.
         options: of :func:`patch_model`.
 
     Raises:

@@ -6,14 +6,18 @@ answer to a mixture of both. ``prepare_inputs_for_generation`` sees the whole pr
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from functools import wraps
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
+from .padding import Padding
 
 _METHOD = "prepare_inputs_for_generation"
 
@@ -30,6 +34,18 @@ def _see(cache: TurboQuantCache, input_ids: Tensor, arguments: dict[str, Any]) -
     cache.text.note(input_ids)
 
 
+def _note_padding(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+    """Tell a packed cache where its sequences begin: its layers see no mask."""
+    cache = kwargs.get(CACHE_ARGUMENT)
+    padding = getattr(getattr(cache, "self_attention_cache", cache), "padding", None)
+    mask = kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    if isinstance(padding, Padding) and isinstance(mask, Tensor) and mask.dim() == 2:
+        padding.note(mask)
+
+
+_hooks: MutableMapping[PreTrainedModel, RemovableHandle] = WeakKeyDictionary()
+
+
 def watch_prompts(model: PreTrainedModel) -> None:
     """Check the prompts of ``model.generate`` on packed caches. Idempotent."""
     original = getattr(type(model), _METHOD, None)
@@ -43,6 +59,8 @@ def watch_prompts(model: PreTrainedModel) -> None:
             _see(cache, input_ids, kwargs)
         return original(self, input_ids, *args, **kwargs)
 
+    # Before every forward, also of one that generate() does not call.
+    _hooks[model] = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
     # A method, not a closure over the model: a copy of the model is watched as itself.
     vars(model)[_METHOD] = MethodType(prepare, model)
 
@@ -50,6 +68,9 @@ def watch_prompts(model: PreTrainedModel) -> None:
 def unwatch_prompts(model: PreTrainedModel) -> None:
     """Undo :func:`watch_prompts`. Idempotent."""
     vars(model).pop(_METHOD, None)
+    hook = _hooks.pop(model, None)
+    if hook is not None:
+        hook.remove()
 
 
 def is_watched(model: PreTrainedModel) -> bool:

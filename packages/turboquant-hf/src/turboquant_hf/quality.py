@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from turboquant_core import Attended, PackedPast
+from turboquant_core import Attended, Gathered, WindowedPast, attend_dense
 
-from .handle import PackedTensor, StepPast
 from .layer import TurboQuantLayer
 
 if TYPE_CHECKING:
@@ -44,18 +42,28 @@ class LayerQuality:
     offset_bits: float
 
 
-class Probe:
-    """What one layer has shown."""
+class QualityProbe:
+    """What one layer has shown: its exact vectors stay beside the packed ones."""
 
     def __init__(self) -> None:
         self.cosines: list[Tensor] = []
         self.offset_bits = 0.0
+        self._exact: Gathered | None = None
 
-    def see_keys(self, keys: Tensor) -> None:
-        """``[kv_heads, tokens, head_dim]`` of one sequence without padding."""
-        keys = keys.float()
-        share = keys.mean(1).square().sum(-1) / keys.square().sum(-1).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    def see(self, keys: Tensor, values: Tensor) -> None:
+        """Vectors ``[batch, kv_heads, tokens, d]`` of an update; the first sequence has no padding."""
+        old = self._exact or (keys[:, :, :0], values[:, :, :0])
+        self._exact = Gathered(torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
+        seen = self._exact.keys[0].float()
+        share = seen.mean(1).square().sum(-1) / seen.square().sum(-1).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
         self.offset_bits = float((-0.5 * torch.log2((1 - share).clamp(min=2.0**-24))).max())
+
+    def watch(self, past: WindowedPast) -> WindowedPast:
+        """A past whose every attention is compared with the exact one."""
+        if self._exact is None:
+            return past
+        exact = Gathered(*(x[:, :, -past.length :] for x in self._exact))
+        return ProbedPast(past.packed, past.sinks, past.recent, exact=exact, cosines=self.cosines)
 
     def quality(self, layer_idx: int) -> LayerQuality:
         """The figures so far."""
@@ -65,80 +73,46 @@ class Probe:
 
 def exact_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    exact: Gathered,
     *,
     scaling: float,
     seq_starts: Tensor | None = None,
+    window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Float32 result of :meth:`PackedPast.attend` over the exact keys and values ``[batch, kv_heads, length, d]``."""
-    batch, q_heads, q_len, _ = query.shape
-    length, group = keys.shape[2], q_heads // keys.shape[1]
-    keys, values = (x.float().repeat_interleave(group, dim=1) for x in (keys, values))
-    scores = scaling * (query.float() @ keys.transpose(-1, -2))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    """Float32 result of :meth:`WindowedPast.attend` over the exact keys and values ``[batch, kv_heads, length, d]``."""
+    q_len, length = query.shape[2], exact.keys.shape[2]
     position = torch.arange(length, device=query.device)
-    visible = position <= position[length - q_len :].view(-1, 1)
+    at = position[length - q_len :].view(1, -1, 1)
+    visible = (position <= at) & (position > at - (window or length))
     if seq_starts is not None:
-        visible = visible & (position >= seq_starts.view(-1, 1, 1, 1))
-    scores = scores.masked_fill(~visible, -math.inf)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(batch, -1, q_len, 1)), dim=-1)
-    return scores.softmax(-1)[..., :length] @ values
+        visible = visible & (position >= seq_starts.view(-1, 1, 1))
+    return attend_dense(query, *exact, visible, scaling=scaling, softcap=softcap, sinks=sinks).out
 
 
 @dataclass(frozen=True, slots=True)
-class ProbedPast(PackedPast):
-    """A packed past that keeps the exact vectors beside it and compares."""
+class ProbedPast(WindowedPast):
+    """A past that keeps the exact vectors beside it and compares."""
 
-    exact: tuple[Tensor, Tensor]
-    probe: Probe
+    exact: Gathered
+    cosines: list[Tensor]
 
     def attend(self, query: Tensor, **options: Any) -> Attended:
         """As the packed past; the cosine to the exact result is noted."""
-        attended = PackedPast.attend(self, query, **options)
-        exact = exact_attention(query, *self.exact, **options)
-        self.probe.cosines.append(torch.cosine_similarity(attended.out.float(), exact, dim=-1).flatten())
+        attended = WindowedPast.attend(self, query, **options)
+        exact = exact_attention(query, self.exact, **options)
+        self.cosines.append(torch.cosine_similarity(attended.out.float(), exact, dim=-1).flatten())
         return attended
 
 
-class ProbedLayer(TurboQuantLayer):
-    """A packed layer whose every attention is compared with the exact one."""
-
-    def __init__(self, layer: TurboQuantLayer, n_layers: int) -> None:
-        super().__init__(layer.layer_idx, n_layers, layer.options)
-        self.probe = Probe()
-        self.exact: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As a packed layer; the exact vectors are kept too."""
-        keys, values = self.exact or (key_states[:, :, :0], value_states[:, :, :0])
-        self.exact = torch.cat((keys, key_states), 2), torch.cat((values, value_states), 2)
-        self.probe.see_keys(self.exact[0][0])
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def _handles(self) -> tuple[PackedTensor, PackedTensor]:
-        if self.exact is None:
-            return super()._handles()
-        past = self.packed_sequences.past()
-        packed = {name.name: getattr(past, name.name) for name in fields(PackedPast)}
-        step = StepPast(ProbedPast(**packed, exact=self.exact, probe=self.probe), self.dtype, self.counters)
-        return PackedTensor(step, "keys"), PackedTensor(step, "values")
-
-
-def probe_layers(cache: TurboQuantCache) -> dict[int, Probe]:
-    """Replace the packed layers of an empty cache by probed ones; the probe of each by layer index."""
-    n_layers = len(cache.layers)
-    probed = {
-        index: ProbedLayer(layer, n_layers)
-        for index, layer in enumerate(cache.layers)
-        if isinstance(layer, TurboQuantLayer)
-    }
-    cache.layers = [probed.get(index, layer) for index, layer in enumerate(cache.layers)]
-    return {index: layer.probe for index, layer in probed.items()}
+def probe_layers(cache: TurboQuantCache) -> dict[int, QualityProbe]:
+    """Watch the packed layers of an empty cache; the probe of each by layer index."""
+    probes = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, TurboQuantLayer):
+            layer.probe = probes[index] = QualityProbe()
+    return probes
 
 
 def concerns(layers: tuple[LayerQuality, ...], *, centered: bool) -> list[str]:

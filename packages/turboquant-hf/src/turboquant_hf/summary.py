@@ -40,7 +40,7 @@ class LayerSummary:
         return cls(
             layer_idx,
             counters.path,
-            (layer.options.key_bits, layer.options.value_bits if layer.packs_values else None),
+            (layer.bits[0], layer.bits[1] if layer.packs_values else None),
             sum(counters.paths.values()),
             tuple(f"{reason} ({count})" for reason, count in counters.reasons.items()),
             layer.memory(),

@@ -16,9 +16,10 @@ from torch import Tensor
 from turboquant_core import TurboQuantError
 
 from .cache import TurboQuantCache
-from .compat import CACHE_ARGUMENT, DynamicCache, DynamicLayer, PreTrainedModel
+from .compat import CACHE_ARGUMENT, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedModel
 from .layer import TurboQuantLayer
 from .quality import LayerQuality, probe_layers
+from .sliding_layer import TurboQuantSlidingLayer
 
 PROMPT_TOKENS = 24
 DECODE_STEPS = 4
@@ -31,20 +32,35 @@ The permute kernels multiply by int8 queries, which is part of the figure.
 """
 
 
-class DecodedLayer(DynamicLayer):
-    """A stock layer that stores what packing and unpacking make of its keys and values."""
+class DecodedUpdate:
+    """Update of a stock layer that keeps each vector exact and as packing makes it, side by side, and gives the one
+    that the packed layer would have."""
 
-    def __init__(self, packed: TurboQuantLayer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.packed = packed
+    packed: TurboQuantLayer
+    border: int
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the packed layer: raw at first, then everything that was stored."""
-        first = self.get_seq_length() == 0
+        old: int = self.get_seq_length()  # type: ignore[attr-defined]
         if not self.packed.is_initialized:
             self.packed.lazy_initialization(key_states, value_states)
-        stored = super().update(*self._round_trip(key_states, value_states))
-        return (key_states, value_states) if first else stored
+        decoded = self._round_trip(key_states, value_states)
+        both = (torch.cat(pair, -1) for pair in zip((key_states, value_states), decoded, strict=True))
+        keys, values = super().update(*both)  # type: ignore[misc]
+        length = old + key_states.shape[2]
+        self.border = max(min(self.border, old), length - self.packed.windows.unpacked(length, min(self.border, old)))
+        is_exact = self._is_exact(length, keys)
+        return (key_states, value_states) if old == 0 else (_choose(keys, is_exact), _choose(values, is_exact))
+
+    def _is_exact(self, length: int, keys: Tensor) -> Tensor:
+        """Bool ``[batch, 1, tokens, 1]``: which of the last tokens are in a window of the packed layer."""
+        batch, tokens = keys.shape[0], keys.shape[2]
+        starts = self.packed.padding.starts(batch)
+        starts = torch.zeros(batch, dtype=torch.int64, device=keys.device) if starts is None else starts
+        position = torch.arange(length - tokens, length, device=keys.device)
+        after = position - starts.unsqueeze(1)
+        is_sink = (after >= 0) & (after < self.packed.windows.sink_tokens)
+        return (is_sink | (position >= self.border))[:, None, :, None]
 
     def _round_trip(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         store = self.packed.packed_sequences
@@ -57,13 +73,39 @@ class DecodedLayer(DynamicLayer):
         return key, provider.decode(provider.encode(value, codec.value), codec.value, value.dtype)
 
 
+def _choose(both: Tensor, is_exact: Tensor) -> Tensor:
+    exact, decoded = both.chunk(2, -1)
+    return torch.where(is_exact, exact, decoded)
+
+
+class DecodedLayer(DecodedUpdate, DynamicLayer):
+    """Twin of a packed full-attention layer."""
+
+    def __init__(self, packed: TurboQuantLayer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.packed, self.border = packed, 0
+
+
+class DecodedSlidingLayer(DecodedUpdate, DynamicSlidingWindowLayer):
+    """Twin of a packed sliding-window layer."""
+
+    def __init__(self, packed: TurboQuantSlidingLayer) -> None:
+        super().__init__(sliding_window=packed.sliding_window)
+        self.packed, self.border = packed, 0
+
+
+def _twin(packed: Any, stock: Any) -> Any:
+    if isinstance(packed, TurboQuantSlidingLayer):
+        return DecodedSlidingLayer(packed)
+    return DecodedLayer(packed) if isinstance(packed, TurboQuantLayer) else stock
+
+
 def decoded_twin(cache: TurboQuantCache, config: Any) -> DynamicCache:
     """A stock cache that will hold what ``cache`` (empty, and of no other use afterwards) would decode to."""
     twin = DynamicCache(config=config)
-    twin.layers = [
-        DecodedLayer(packed) if isinstance(packed, TurboQuantLayer) else stock
-        for packed, stock in zip(cache.layers, twin.layers, strict=True)
-    ]
+    twin.layers = [_twin(packed, stock) for packed, stock in zip(cache.layers, twin.layers, strict=True)]
+    # Where a patched model looks for it.
+    vars(twin)["padding"] = cache.padding
     return twin
 
 

@@ -21,10 +21,12 @@ class Visibility:
     Attributes:
         causal: query ``i`` of ``q_len`` sees keys up to ``length - q_len + i``; otherwise all keys.
         seq_starts: int32 ``[batch]``, first visible key; None for 0.
+        window: keys that a query sees, itself included; None for all.
     """
 
     causal: bool
     seq_starts: Tensor | None = None
+    window: int | None = None
 
 
 def _as_bool(mask: Tensor) -> Tensor:
@@ -44,21 +46,24 @@ def _padding_of(mask: Tensor) -> Tensor | None:
     return starts.int() if torch.equal(visible, expected) else None
 
 
-def _pattern(starts: Tensor, q_len: int, length: int, causal: bool) -> Tensor:
-    """Bool ``[batch, q_len, length]`` that ``starts`` and ``causal`` stand for."""
+def _pattern(starts: Tensor, q_len: int, length: int, causal: bool, window: int | None) -> Tensor:
+    """Bool ``[batch, q_len, length]`` that the arguments stand for."""
     key = torch.arange(length, device=starts.device)
     visible = (key >= starts.view(-1, 1, 1)).expand(-1, q_len, -1)
     if not causal:
         return visible
     query = torch.arange(length - q_len, length, device=starts.device).view(-1, 1)
-    return visible & (key <= query)
+    visible = visible & (key <= query)
+    return visible if window is None else visible & (key > query - window)
 
 
 _read_masks: MutableMapping[Tensor, dict[tuple[int, ...], Visibility | str]] = WeakTensorKeyDictionary()
 """What masks were found to say: the layers of a forward share one, and reading it waits for the device."""
 
 
-def read_mask(mask: Tensor | None, batch: int, q_len: int, length: int, causal: bool) -> Visibility | str:
+def read_mask(
+    mask: Tensor | None, batch: int, q_len: int, length: int, causal: bool, window: int | None = None
+) -> Visibility | str:
     """Visibility of a call, or the reason why packed attention cannot express it.
 
     Args:
@@ -67,20 +72,21 @@ def read_mask(mask: Tensor | None, batch: int, q_len: int, length: int, causal: 
         q_len: queries of each.
         length: keys of each.
         causal: what a missing mask means for several queries.
+        window: of the layer; a mask shows it once the keys are more than a query sees.
     """
     if mask is None:
-        return Visibility(causal=causal or q_len == 1)
+        return Visibility(causal=causal or q_len == 1, window=window if causal and q_len > 1 else None)
     if mask.is_inference():
         # Its changes cannot be seen, so what was read once may be out of date.
-        return _read(mask, batch, q_len, length)
-    call = (mask._version, batch, q_len, length)
+        return _read(mask, batch, q_len, length, window)
+    call = (mask._version, batch, q_len, length, window or 0)
     known = _read_masks.setdefault(mask, {})
     if call not in known:
-        known[call] = _read(mask, batch, q_len, length)
+        known[call] = _read(mask, batch, q_len, length, window)
     return known[call]
 
 
-def _read(mask: Tensor, batch: int, q_len: int, length: int) -> Visibility | str:
+def _read(mask: Tensor, batch: int, q_len: int, length: int, window: int | None) -> Visibility | str:
     if tuple(mask.shape) == (batch, length):
         starts = _padding_of(mask)
         return "padding inside a sequence" if starts is None else Visibility(True, starts)
@@ -91,9 +97,12 @@ def _read(mask: Tensor, batch: int, q_len: int, length: int) -> Visibility | str
     if not _is_additive_zero_or_hidden(mask):
         return "additive bias"
     visible = _as_bool(mask)[:, 0].expand(batch, q_len, length)
-    # The last query sees everything but the padding.
-    starts = visible[:, -1].int().argmax(-1).int()
-    for is_causal in (True, False):
-        if torch.equal(visible, _pattern(starts, q_len, length, is_causal)):
-            return Visibility(is_causal, starts if bool(starts.any()) else None)
+    # The last query sees everything but the padding; under a window, the first one sees furthest back.
+    last, first = (visible[:, row].int().argmax(-1).int() for row in (-1, 0))
+    candidates: list[tuple[Tensor, bool, int | None]] = [(last, True, None), (last, False, None)]
+    if window is not None:
+        candidates.append((first, True, window))
+    for starts, is_causal, shown in candidates:
+        if torch.equal(visible, _pattern(starts, q_len, length, is_causal, shown)):
+            return Visibility(is_causal, starts if bool(starts.any()) else None, shown)
     return "mask that is neither causal nor padding"
