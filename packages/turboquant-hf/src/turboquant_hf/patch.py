@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from turboquant_core import TurboQuantError
 
 from .attention import register
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
-from .options import Bits
+from .presets import BitsOrPreset, resolve
 from .prompts import unwatch_prompts, watch_prompts
 from .quality import QualityWarning, concerns
 from .registration import BASES, NAMES, check_attention, why_not_registered
@@ -29,9 +31,10 @@ def _switch(model: PreTrainedModel, names: dict[str, str]) -> None:
 
 def patch_model(
     model: PreTrainedModel,
-    bits: Bits = 4,
+    bits: BitsOrPreset = 4,
     *,
     verify: bool = True,
+    calibration: Tensor | None = None,
     **options: Any,
 ) -> TurboQuantCache:
     """Make ``model`` attend to packed pages and return a cache for it.
@@ -43,7 +46,11 @@ def patch_model(
 
     Args:
         model: a decoder.
-        bits: see :class:`TurboQuantCache`.
+        bits: see :class:`TurboQuantCache`; or a :class:`turboquant_core.preset.Preset`, or the path of one's
+            file, which ``turboquant doctor`` writes; or ``"auto"``, which has the doctor measure this model first (about
+            twenty passes over 512 tokens more than it has layers).
+        calibration: int64 ``[1, tokens]`` that ``"auto"`` measures on; None takes the doctor's text and the tokenizer
+            in the model's folder.
         verify: compare a short generation with the stock cache (:func:`turboquant_hf.verify_model`) before returning.
         options: of :class:`TurboQuantCache`.
 
@@ -52,13 +59,14 @@ def patch_model(
         (``past_key_values`` before Transformers 5.24).
 
     Raises:
-        TurboQuantError: verification failed; the model is left unpatched.
-        ValueError: an option is out of range, no layer can be packed, or the model runs an attention implementation
-            other than ``sdpa`` and ``eager``.
+        TurboQuantError: verification failed, or the doctor refuses the model; it is left unpatched.
+        ValueError: an option is out of range, a preset does not fit, no layer can be packed, or the model runs an
+            attention implementation other than ``sdpa`` and ``eager``.
     """
+    numbers, options = resolve(model, bits, options, calibration)
 
     def fresh() -> TurboQuantCache:
-        return TurboQuantCache(model.config, bits, **options)
+        return TurboQuantCache(model.config, numbers, **options)
 
     cache = fresh()
     check_attention(model)
@@ -84,27 +92,31 @@ def unpatch_model(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def turboquant(model: PreTrainedModel, bits: Bits = 4, **options: Any) -> Iterator[None]:
+def turboquant(
+    model: PreTrainedModel, bits: BitsOrPreset = 4, *, calibration: Tensor | None = None, **options: Any
+) -> Iterator[None]:
     """Within the block, every ``model.generate()`` without a cache gets a fresh packed one.
 
     Pipelines and evaluation harnesses, which pass no cache, profit too.
 
     Args:
         model: a decoder.
-        bits: see :class:`TurboQuantCache`.
+        bits: see :func:`patch_model`.
+        calibration: see :func:`patch_model`.
         options: of :func:`patch_model`.
 
     Raises:
         TurboQuantError: verification failed.
         ValueError: an option is out of range.
     """
-    patch_model(model, bits, **options)
+    numbers, options = resolve(model, bits, options, calibration)
+    patch_model(model, numbers, **options)
     cache_options = {name: value for name, value in options.items() if name != "verify"}
     prepare: Any = model._prepare_cache_for_generation
 
     def with_fresh_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_ARGUMENT] = TurboQuantCache(model.config, bits, **cache_options)
+            model_kwargs[CACHE_ARGUMENT] = TurboQuantCache(model.config, numbers, **cache_options)
         return prepare(generation_config, model_kwargs, *args, **kwargs)
 
     # On the instance, where it hides the method of the class.
