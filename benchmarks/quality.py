@@ -67,13 +67,17 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False).input_ids)
 
 
-def calibration_rows(arguments: argparse.Namespace, tokenizer: Any, ids: Tensor) -> list[Tensor]:
-    """Windows that no score is taken from: of another text, or of the same one behind the scored ones."""
+def cut(arguments: argparse.Namespace, tokenizer: Any, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Windows to score and windows to calibrate with, of another text or of the second half of the same one."""
+    rows = windows(ids, arguments.context)
     if arguments.calibration.resolve() == arguments.text.resolve():
-        rest = ids[arguments.windows * arguments.context :]
+        rows, rest = rows[: -(-len(rows) // 2)], rows[-(-len(rows) // 2) :]
     else:
-        rest = token_ids(tokenizer, arguments.calibration.read_text(encoding="utf-8"))
-    return windows(rest, arguments.context)[: arguments.calibration_windows]
+        calibration = token_ids(tokenizer, arguments.calibration.read_text(encoding="utf-8"))
+        rest = windows(calibration, arguments.context)
+    if not rest:
+        raise SystemExit("one window of text is too little to score and to calibrate: name another --calibration")
+    return rows[: arguments.windows], rest[: arguments.calibration_windows]
 
 
 def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
@@ -81,9 +85,9 @@ def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
     model, tokenizer = load(arguments.model)
     text = arguments.text.read_text(encoding="utf-8")[: arguments.characters]
     ids = token_ids(tokenizer, text)
-    rows = windows(ids, arguments.context)[: arguments.windows]
+    rows, rest = cut(arguments, tokenizer, ids)
     prepare(model)
-    calibration = calibrate(model, calibration_rows(arguments, tokenizer, ids))
+    calibration = calibrate(model, rest)
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     codecs = Codecs(config.num_hidden_layers, head_dim, arguments.seed, calibration)

@@ -110,20 +110,20 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, local_files_only=True).eval()
     rows = chosen(json.loads(gzip.decompress(arguments.prompts.read_bytes())), arguments.lengths, arguments.each)
     results: dict[str, Any] = {"model": arguments.model.resolve().name, "chunk": arguments.chunk, "caches": {}}
+    target = arguments.json or HERE / "results" / f"quality_retrieval_{results['model']}.json"
     for name, make in caches(arguments.bits, arguments.sinks, arguments.recent).items():
         if name != FULL and arguments.only and arguments.only not in name:
             continue
         start = time.perf_counter()
         found = measure(model, rows, make, arguments.chunk)
         results["caches"][name] = {str(k): {"prompts": len(v), "right": sum(v)} for k, v in found.items()}
+        write_json(target, results)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     lengths = list(results["caches"][FULL])
     shares = [
         [name, *(f"{c[n]['right']} / {c[n]['prompts']}" for n in lengths)] for name, c in results["caches"].items()
     ]
     print(table(["cache", *(f"{n} tokens" for n in lengths)], shares))
-    name = results["model"]
-    write_json(arguments.json or HERE / "results" / f"quality_retrieval_{name}.json", results)
 
 
 if __name__ == "__main__":
