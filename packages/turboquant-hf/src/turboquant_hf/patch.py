@@ -47,8 +47,8 @@ def patch_model(
     Args:
         model: a decoder.
         bits: see :class:`TurboQuantCache`; or a :class:`turboquant_core.preset.Preset`, or the path of one's
-            file, which ``turboquant doctor`` writes; or ``"auto"``, which has the doctor measure this model first (about
-            twenty passes over 512 tokens more than it has layers).
+            file, which ``turboquant doctor`` writes; or ``"auto"``, which has the doctor measure this model first
+            (about twenty passes over 512 tokens more than it has layers).
         calibration: int64 ``[1, tokens]`` that ``"auto"`` measures on; None takes the doctor's text and the tokenizer
             in the model's folder.
         verify: compare a short generation with the stock cache (:func:`turboquant_hf.verify_model`) before returning.

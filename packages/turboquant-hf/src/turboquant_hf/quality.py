@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turboquant_core import Attended, Gathered, WindowedPast, attend_dense
+from turboquant_core.doctor import offset_bits
 
 from .layer import TurboQuantLayer
 
@@ -33,8 +34,8 @@ class LayerQuality:
         layer_idx: position in the model.
         cosine: mean cosine of the attention output over packed pages and over the exact keys and values, for the same
             queries; None where attention was not packed.
-        offset_bits: bits of key precision spent on an offset that all keys share, ``log2(1 / (1 - share)) / 2`` with
-            the share of the keys' energy that lies in their mean; the worst KV head.
+        offset_bits: bits of key precision spent on an offset that all keys share
+            (:func:`turboquant_core.doctor.offset_bits`); the worst KV head.
     """
 
     layer_idx: int
@@ -54,9 +55,7 @@ class QualityProbe:
         """Vectors ``[batch, kv_heads, tokens, d]`` of an update; the first sequence has no padding."""
         old = self._exact or (keys[:, :, :0], values[:, :, :0])
         self._exact = Gathered(torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
-        seen = self._exact.keys[0].float()
-        share = seen.mean(1).square().sum(-1) / seen.square().sum(-1).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-        self.offset_bits = float((-0.5 * torch.log2((1 - share).clamp(min=2.0**-24))).max())
+        self.offset_bits = float(offset_bits(self._exact.keys[0]).max())
 
     def watch(self, past: WindowedPast) -> WindowedPast:
         """A past whose every attention is compared with the exact one."""
