@@ -89,6 +89,11 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
         self._attention: RawAttention = torch_attention if on_cpu else flash_attention(self.head_size)
         self._scratch = Scratch.of(vllm_config, self.setup)
 
+    def prepare(self, page_size: int) -> None:
+        """Make the codecs of pages of ``page_size`` tokens, before CUDA graphs are captured."""
+        if page_size not in self._codecs:
+            self._codecs[page_size] = self.setup.codec(page_size)
+
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
@@ -173,6 +178,5 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
                 "the blocks of a layer one after the other: leave VLLM_KV_CACHE_LAYOUT unset, and give layers that "
                 "share a block equal bits"
             )
-        if page_size not in self._codecs:
-            self._codecs[page_size] = self.setup.codec(page_size)
+        self.prepare(page_size)
         return kv_cache.view(torch.uint8).view(blocks, heads, page_size * token_bytes), self._codecs[page_size]

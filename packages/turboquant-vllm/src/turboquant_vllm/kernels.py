@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from turboquant_core import CacheCodec, KernelProvider, KernelRequest, PageLayout, ProviderError, select_provider
 from turboquant_core.scale import ScaleRule
 from turboquant_core.selection import ENVIRONMENT_VARIABLE, REFERENCE_NAME
+
+T = TypeVar("T")
 
 
 def provider_for(request: KernelRequest, name: str | None) -> KernelProvider:
@@ -25,10 +30,7 @@ def provider_for(request: KernelRequest, name: str | None) -> KernelProvider:
 @cache
 def _provider(request: KernelRequest, name: str | None) -> KernelProvider:
     on_cpu = request.device.type == "cpu"
-    # A thread of its own: vLLM loads weights into a memory pool that sleep mode may empty, and pools belong to threads.
-    # What a provider keeps (tables, results of its self-test) must not lie there.
-    with ThreadPoolExecutor(1) as thread:
-        provider = thread.submit(select_provider, request, name, allow_reference=on_cpu).result()
+    provider = outside_pools(request.device, partial(select_provider, request, name, allow_reference=on_cpu))
     if provider.name == REFERENCE_NAME and not on_cpu:
         raise ProviderError(
             f"kernel provider {REFERENCE_NAME!r} is for checking on a CPU, this engine runs on {request.device}: "
@@ -37,12 +39,41 @@ def _provider(request: KernelRequest, name: str | None) -> KernelProvider:
     return provider
 
 
+def outside_pools(device: torch.device, work: Callable[[], T]) -> T:
+    """Result of ``work``, done in a thread of its own on ``device``.
+
+    vLLM loads weights and allocates the cache inside memory pools that sleep mode empties, and under a default device.
+    Both belong to threads; what a provider or a codec keeps must lie outside.
+    """
+
+    def placed() -> T:
+        if device.index is not None:
+            torch.accelerator.set_device_index(device.index)
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(placed).result()
+
+
 @cache
 def shared_codec(
     layout: PageLayout, seed: int, key_scale: ScaleRule, value_scale: ScaleRule, device: torch.device
 ) -> CacheCodec:
     """Codecs of all layers that have the same pages and no key center."""
-    return CacheCodec.create(layout, seed=seed, key_scale=key_scale, value_scale=value_scale, device=device)
+    return own_codec(layout, seed, key_scale, value_scale, device, None)
+
+
+def own_codec(
+    layout: PageLayout,
+    seed: int,
+    key_scale: ScaleRule,
+    value_scale: ScaleRule,
+    device: torch.device,
+    center: Tensor | None,
+) -> CacheCodec:
+    """Codecs of one layer; arguments as of :meth:`turboquant_core.CacheCodec.create`."""
+    create = partial(CacheCodec.create, layout, seed=seed, key_scale=key_scale, value_scale=value_scale)
+    return outside_pools(device, partial(create, center=center, device=device))
 
 
 def graph_safe(provider: KernelProvider) -> bool:

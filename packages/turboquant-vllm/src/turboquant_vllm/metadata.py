@@ -50,6 +50,9 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: igno
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:
+            layers[name].impl.prepare(kv_cache_spec.block_size)
         announce(vllm_config)
 
     @classmethod

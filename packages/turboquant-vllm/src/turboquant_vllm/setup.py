@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboquant_core import CacheCodec, KernelProvider, KernelRequest, LayoutError, PageLayout
+from turboquant_core import CacheCodec, KernelProvider, KernelRequest, LayoutError
+from turboquant_core.hadamard import factor
 
 from .centers import read_center
 from .errors import OptionError, UnsupportedError
-from .kernels import graph_safe, provider_for, shared_codec
+from .kernels import graph_safe, own_codec, provider_for, shared_codec
 from .options import LayerBits, LayerChoice, Options, read_options
 from .packing import LayerShape, layer_count, layer_index
 
@@ -85,21 +86,10 @@ class LayerSetup:
 
     def codec(self, page_size: int) -> CacheCodec:
         """Codecs of pages of ``page_size`` tokens, on the device."""
-        options, layout = self.options, self.page_layout(page_size)
+        o, layout, device = self.options, self.shape.page_layout(self.bits, page_size), self.request.device
         if self.center is None:
-            return shared_codec(layout, options.seed, options.key_scale, options.value_scale, self.request.device)
-        return CacheCodec.create(
-            layout,
-            seed=options.seed,
-            key_scale=options.key_scale,
-            value_scale=options.value_scale,
-            center=self.center,
-            device=self.request.device,
-        )
-
-    def page_layout(self, page_size: int) -> PageLayout:
-        """Layout of pages of ``page_size`` tokens."""
-        return self.shape.page_layout(self.bits, page_size)
+            return shared_codec(layout, o.seed, o.key_scale, o.value_scale, device)
+        return own_codec(layout, o.seed, o.key_scale, o.value_scale, device, self.center)
 
     @property
     def token_bytes(self) -> int:
@@ -120,8 +110,8 @@ def set_up_layer(vllm_config: Any, layer_name: str, q_heads: int, shape: LayerSh
     if not isinstance(bits, LayerBits):
         raise OptionError(f"layer {layer_name} shares pages that are packed and cannot itself be uncompressed")
     try:
-        # Whether a rotation exists is known only when one is built.
-        layout = CacheCodec.create(shape.page_layout(bits)).layout
+        factor(shape.head_dim)
+        layout = shape.page_layout(bits)
     except LayoutError as error:
         raise UnsupportedError(
             f"layer {layer_name} cannot be packed: {error}. Name it in turboquant.layers as 'uncompressed'"
