@@ -75,6 +75,10 @@ class SinkTokens:
         """The same tokens on ``device``."""
         return self._with(self.starts.to(device), Gathered(*(x.to(device) for x in self.kept)))
 
+    def holding(self, starts: Tensor, kept: Gathered) -> SinkTokens:
+        """Other tokens in the place, dtype and device of these."""
+        return self._with(starts.to(self.starts), Gathered(*(x.to(y) for x, y in zip(kept, self.kept, strict=True))))
+
     def snapshot(self) -> SinkTokens:
         """What is held now: no operation here writes into tensors, so they may be shared."""
         return self._with(self.starts, self.kept)

@@ -250,6 +250,26 @@ class WindowedSequences:
             held = Gathered(*(x[:, :, leaving:].clone() for x in held))
         self.recent = held
 
+    def adopt_exact(
+        self, recent_keys: Tensor, recent_values: Tensor, sink_keys: Tensor, sink_values: Tensor, sink_starts: Tensor
+    ) -> None:
+        """Take over the exact tokens of another store like this one, on this store's device.
+
+        Raises:
+            ValueError: a tensor has not the shape or dtype that this store needs.
+        """
+        recent, sinks = Gathered(recent_keys, recent_values), Gathered(sink_keys, sink_values)
+        self.packed.check(*recent)
+        fits = recent.keys.shape[2] <= max(self.windows.recent_tokens, self.windows.start_after)
+        same = all(
+            x.shape == y.shape
+            for x, y in zip((*sinks, sink_starts), (*self.sinks.kept, self.sinks.starts), strict=True)
+        )
+        if not fits or not same or sink_starts.is_floating_point():
+            raise ValueError(f"exact tokens {tuple(recent_keys.shape)} and sinks {tuple(sink_keys.shape)} do not fit")
+        self.recent = Gathered(*(x.to(self.packed.device, self.packed.dtype) for x in recent))
+        self.sinks = self.sinks.holding(sink_starts, sinks)
+
     def past(self) -> WindowedPast:
         """What is held now."""
         return WindowedPast(self.packed.past(), self.sinks.snapshot(), self.recent)

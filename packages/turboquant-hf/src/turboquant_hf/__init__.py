@@ -16,10 +16,12 @@ from .compatibility import Compatibility, check_model_compatibility
 from .memory import CacheMemory
 from .patch import patch_model, turboquant, unpatch_model
 from .quality import LayerQuality, QualityWarning
+from .storage import CacheFileError
 from .summary import LayerSummary, Summary
 from .verify import Verification, verify_model
 
 __all__ = [
+    "CacheFileError",
     "CacheMemory",
     "Compatibility",
     "LayerQuality",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from .memory import CacheMemory
 from .options import Bits, CacheOptions, CenterKeys, CompressV
 from .padding import Padding
 from .sliding_layer import TurboQuantSlidingLayer
+from .storage import fingerprint, load_layers, save_layers
 from .summary import LayerSummary, Summary
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class TurboQuantCache(DynamicCache):
         offload_only_non_sliding: bool = False,
     ) -> None:
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        self._fingerprint = fingerprint(config)
         self.text = HeldText()
         self.padding = Padding()
         self.verification: Verification | None = None
@@ -143,6 +146,34 @@ class TurboQuantCache(DynamicCache):
         """Keep the sequences ``indices`` (integers or a boolean mask)."""
         super().batch_select_indices(indices)
         self.text.select(indices)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that is held to a safetensors file, which appears whole or not at all.
+
+        Raises:
+            CacheFileError: a layer is not packed.
+        """
+        save_layers(path, self.layers, self._header(), self.text.ids)
+
+    def load(self, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
+        """Hold what :meth:`save` wrote, in place of what is held now.
+
+        Args:
+            path: of the file.
+            device: of the model.
+
+        Raises:
+            CacheFileError: the file is no packed cache, is truncated, or is of another model configuration, layout
+                version or options; the cache is empty then. The weights of the model are not compared.
+            FileNotFoundError: there is no such file.
+        """
+        self.reset()
+        ids = load_layers(path, self.layers, self._header(), torch.device(device))
+        if ids is not None:
+            self.text.note(ids)
+
+    def _header(self) -> dict[str, Any]:
+        return {"model": self._fingerprint, "seed": self.options.seed, "page_size": self.options.page_size}
 
     def memory(self) -> CacheMemory:
         """True bytes of all layers, packed or not."""

@@ -14,6 +14,11 @@ class HeldText:
     def __init__(self) -> None:
         self._ids: Tensor | None = None
 
+    @property
+    def ids(self) -> Tensor | None:
+        """What was seen."""
+        return self._ids
+
     def note(self, ids: Tensor) -> None:
         """``ids`` is everything that the cache holds after the coming forward."""
         self._ids = ids

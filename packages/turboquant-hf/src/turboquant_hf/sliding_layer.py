@@ -91,6 +91,17 @@ class TurboQuantSlidingLayer(TurboQuantLayer, DynamicSlidingWindowLayer):
             self._shown = min(kept, self.sliding_window - 1)
             self._drop()
 
+    def restore(self, seen: int) -> None:
+        """The pages were filled from a file, after ``seen`` tokens.
+
+        Raises:
+            ValueError: the pages hold fewer tokens than the window shows.
+        """
+        if not min(seen, self.sliding_window - 1) <= self.packed_sequences.length <= seen:
+            raise ValueError(f"{self.packed_sequences.length} tokens are held of {seen}")
+        self.cumulative_length = seen
+        self._shown = min(seen, self.sliding_window - 1)
+
     def reset(self) -> None:
         """Forget every token and free the pages."""
         super().reset()

@@ -1,0 +1,155 @@
+"""Caches in files: what is loaded goes on as what was saved; anything else is one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import MistralConfig
+
+from turboquant_hf import CacheFileError, TurboQuantCache, patch_model
+from turboquant_hf.compat import CACHE_ARGUMENT
+
+from .conftest import CONFIGS, GQA, build
+
+OPTIONS: dict[str, Any] = {"page_size": 16, "sink_tokens": 2, "recent_tokens": 5, "center_keys": True}
+
+
+def held(model: Any, ids: torch.Tensor, **options: Any) -> TurboQuantCache:
+    cache = TurboQuantCache(model.config, 3, **options)
+    with torch.no_grad():
+        model(ids, **{CACHE_ARGUMENT: cache})
+    return cache
+
+
+@pytest.mark.parametrize("options", [{}, {"compress_v": False}, OPTIONS, {"start_after": 50}], ids=str)
+def test_a_loaded_cache_goes_on_as_the_saved_one(
+    llama: Any, prompt: torch.Tensor, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    saved, loaded = held(llama, prompt, **options), TurboQuantCache(llama.config, 3, **options)
+    saved.save(tmp_path / "cache")
+    loaded.load(tmp_path / "cache")
+    assert os.listdir(tmp_path) == ["cache"]
+    assert loaded.get_seq_length() == 21
+    assert loaded.memory().stored == saved.memory().stored
+    with torch.no_grad():
+        for width in (1, 3, 1):
+            got, expected = (llama(prompt[:, :width], **{CACHE_ARGUMENT: c}).logits for c in (loaded, saved))
+            assert torch.equal(got, expected)
+
+
+def test_sliding_layers(tmp_path: Path, prompt: torch.Tensor) -> None:
+    model = build(MistralConfig(**GQA, sliding_window=8), "sdpa")
+    saved = held(model, prompt, compress_sliding=True, page_size=16)
+    loaded = TurboQuantCache(model.config, 3, compress_sliding=True, page_size=16)
+    saved.save(tmp_path / "cache")
+    loaded.load(tmp_path / "cache")
+    with torch.no_grad():
+        got, expected = (model(prompt[:, :2], **{CACHE_ARGUMENT: c}).logits for c in (loaded, saved))
+    assert torch.equal(got, expected)
+
+
+def test_generate_goes_on_and_still_knows_its_prompt(llama: Any, prompt: torch.Tensor, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cache = patch_model(llama, verify=False)
+    first = llama.generate(prompt, **{CACHE_ARGUMENT: cache}, **arguments)
+    cache.save(tmp_path / "cache")
+    more = torch.cat((first, prompt[:, :3]), 1)
+    expected = llama.generate(more, **{CACHE_ARGUMENT: cache}, **arguments)
+    loaded = patch_model(llama, verify=False)
+    loaded.load(tmp_path / "cache")
+    with pytest.raises(ValueError, match="does not begin with"):
+        llama.generate(more + 1, **{CACHE_ARGUMENT: loaded}, **arguments)
+    assert torch.equal(llama.generate(more, **{CACHE_ARGUMENT: loaded}, **arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 4}, r"bits \[3, 3\] in layer 0; this cache has \[4, 4\]"),
+        ({"seed": 1}, "seed 42; this cache has 1"),
+        ({"page_size": 32}, "page_size 64; this cache has 32"),
+        ({"recent_tokens": 2}, "windows"),
+        ({"compress_v": False}, "packs_values True in layer 0; this cache has False"),
+    ],
+)
+def test_other_options(llama: Any, prompt: torch.Tensor, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    held(llama, prompt).save(tmp_path / "cache")
+    with pytest.raises(CacheFileError, match=message):
+        TurboQuantCache(llama.config, **{"bits": 3, **options}).load(tmp_path / "cache")
+
+
+def test_another_model(llama: Any, prompt: torch.Tensor, tmp_path: Path) -> None:
+    held(llama, prompt).save(tmp_path / "cache")
+    with pytest.raises(CacheFileError, match="has model"):
+        TurboQuantCache(build(*CONFIGS["qwen3"]).config, 3).load(tmp_path / "cache")
+
+
+def test_a_file_that_is_not_whole_or_not_ours(llama: Any, prompt: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    held(llama, prompt).save(path)
+    whole = path.read_bytes()
+    empty = TurboQuantCache(llama.config, 3)
+    for broken in (b"", b"text", whole[:50], whole[:-1], whole[: len(whole) // 2], whole + b"x"):
+        path.write_bytes(broken)
+        with pytest.raises(CacheFileError, match="is not a whole packed cache"):
+            empty.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CacheFileError, match="not a packed cache"):
+        empty.load(path)
+    with pytest.raises(FileNotFoundError):
+        empty.load(tmp_path / "nowhere")
+    assert empty.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("change", ["length", "missing", "version", "layout", "layers"])
+def test_a_header_that_lies(llama: Any, prompt: torch.Tensor, tmp_path: Path, change: str) -> None:
+    path = tmp_path / "cache"
+    held(llama, prompt).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = json.loads(metadata["header"])
+    if change == "length":
+        header["layers"][1]["packed"] = 200
+    elif change == "missing":
+        del tensors["1.pages"]
+    elif change == "version":
+        metadata["version"] = "2"
+    elif change == "layout":
+        header["layout_version"] = 9
+    else:
+        header["layers"].pop()
+    save_file(tensors, path, metadata={**metadata, "header": json.dumps(header)})
+    cache = TurboQuantCache(llama.config, 3)
+    with pytest.raises(CacheFileError, match=r"header says|format version 2|layout_version 9|the 2 layers"):
+        cache.load(path)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_failed_save_leaves_the_old_file(
+    llama: Any, prompt: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = held(llama, prompt)
+    cache.save(tmp_path / "cache")
+    before = (tmp_path / "cache").read_bytes()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("turboquant_hf.storage.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        cache.save(tmp_path / "cache")
+    assert os.listdir(tmp_path) == ["cache"]
+    assert (tmp_path / "cache").read_bytes() == before
+
+
+def test_layers_that_are_not_packed_are_named(prompt: torch.Tensor, tmp_path: Path) -> None:
+    model = build(*CONFIGS["gemma2"])
+    with pytest.raises(CacheFileError, match=r"layers 0 \(DynamicSlidingWindowLayer\) are not packed"):
+        held(model, prompt).save(tmp_path / "cache")
