@@ -161,6 +161,14 @@ def test_a_planted_outlier_layer_is_spared(ids: torch.Tensor) -> None:
     assert "*" in report(found)
 
 
+def test_without_windows_every_token_is_packed(ids: torch.Tensor) -> None:
+    found = examine(load(), ids, windows=False)
+    assert sorted(found.probes) == ["centred", "plain"]
+    assert all(not verdict.windows for verdict in found.verdicts)
+    assert found.preset is not None
+    assert not found.preset.windows
+
+
 def test_a_model_that_nothing_is_safe_for_is_refused(ids: torch.Tensor) -> None:
     found = examine(load(), ids, max_divergence=1e-6)
     assert found.preset is None
@@ -220,7 +228,17 @@ def test_command_writes_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: torch.Tensor) -> None:
     out = tmp_path / "preset.json"
-    arguments = ["doctor", str(TINY), "--tokens", str(ids.shape[1]), "--max-divergence", "1e-9", "--out", str(out)]
+    arguments = [
+        "doctor",
+        str(TINY),
+        "--tokens",
+        str(ids.shape[1]),
+        "--max-divergence",
+        "1e-9",
+        "--no-windows",
+        "--out",
+        str(out),
+    ]
     assert cli.main(arguments) == cli.REFUSED
     assert "refused" in capsys.readouterr().out
     assert not out.exists()

@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     doctor.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     doctor.add_argument(
+        "--no-windows",
+        action="store_true",
+        help="pack every token: for vLLM, whose pages hold no token in full precision",
+    )
+    doctor.add_argument(
         "--max-divergence",
         type=float,
         default=MAX_DIVERGENCE,
@@ -58,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(options: argparse.Namespace) -> int:
     model, tokenizer = _load(options.model, getattr(torch, options.dtype), options.device)
     ids = calibration_ids(tokenizer, _text(options.text), tokens=options.tokens, device=options.device)
-    diagnosis = examine(model, ids, max_divergence=options.max_divergence)
+    diagnosis = examine(model, ids, max_divergence=options.max_divergence, windows=not options.no_windows)
     print(report(diagnosis), end="")
     if diagnosis.preset is None:
         return REFUSED

@@ -106,7 +106,7 @@ class Diagnosis:
         return f"at {self.verdicts[-1].bits[0]:g} bits {self.verdicts[-1].reason}"
 
 
-def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE) -> Diagnosis:
+def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE, windows: bool = True) -> Diagnosis:
     """Run a text through a model with exact and with simulated packed caches, and choose a preset.
 
     Makes about ``layers + 18`` passes over the text.
@@ -115,6 +115,7 @@ def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE) 
         model: a causal language model of Transformers, in evaluation mode.
         ids: int64 ``[1, tokens]`` on the model's device, at least :data:`SMALLEST_TEXT` tokens of real text.
         max_divergence: nats per token that a safe preset may cost.
+        windows: whether sinks and recent tokens may stay in full precision; vLLM's pages hold neither.
 
     Raises:
         DoctorError: the text is too short, no layer can be packed, or the model itself gives no finite probabilities.
@@ -122,15 +123,15 @@ def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE) 
     """
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < SMALLEST_TEXT:
         raise DoctorError(f"the text is {tuple(ids.shape)} tokens; give [1, at least {SMALLEST_TEXT}]: a longer --text")
-    examination = _Examination(model, ids, max_divergence)
+    examination = _Examination(model, ids, max_divergence, windows)
     return examination.diagnosis()
 
 
 class _Examination:
     """The runs over one text, each compared with the exact one."""
 
-    def __init__(self, model: Any, ids: Tensor, max_divergence: float) -> None:
-        self._model, self._ids, self._limit = model, ids, max_divergence
+    def __init__(self, model: Any, ids: Tensor, max_divergence: float, windows: bool) -> None:
+        self._model, self._ids, self._limit, self._windows = model, ids, max_divergence, windows
         self._exact, past = run(model, ids, None)
         if not bool(self._exact.isfinite().all()):
             raise DoctorError("the model itself gives probabilities that are not finite: load it in another dtype")
@@ -165,7 +166,7 @@ class _Examination:
         """The treatment at :data:`PROBE_BITS` with what is worthwhile, and what each step gave."""
         best = Treatment(dict.fromkeys(self._vectors, (PROBE_BITS, PROBE_BITS)))
         probes = {"plain": self._divergence(best)}
-        steps = {"sinks": replace(best, windows=Windows(sink_tokens=SINK_TOKENS))}
+        steps = {"sinks": replace(best, windows=Windows(sink_tokens=SINK_TOKENS))} if self._windows else {}
         if _tolerates_centre(_text_config(self._model)):
             centers = {index: keys.float().mean(1) for index, (keys, _) in self._vectors.items()}
             steps = {"centred": replace(best, centers=centers)} | steps
@@ -180,7 +181,7 @@ class _Examination:
     def _verdicts(self, treatment: Treatment, spared: set[int], pair: tuple[float, float]) -> list[Verdict]:
         """Without a recent window, and with one where the first is not hopeless."""
         plain = self._verdict(treatment, spared, pair, 0)
-        if plain.divergence <= RESCUE * self._limit:
+        if self._windows and plain.divergence <= RESCUE * self._limit:
             return [plain, self._verdict(treatment, spared, pair, RECENT_TOKENS)]
         return [plain]
 
