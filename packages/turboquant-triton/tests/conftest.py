@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Tests are imported by path; helpers beside them are found here.
+sys.path.insert(0, str(Path(__file__).parent))
 
 # Triton reads this when it is imported.
 if not torch.cuda.is_available():
