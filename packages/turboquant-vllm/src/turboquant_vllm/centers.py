@@ -6,17 +6,19 @@ from pathlib import Path
 
 from torch import Tensor
 
+from turboquant_core.preset import PresetError, load_preset
+
 from .errors import OptionError
 
 TENSOR_NAME = "key_centers"
 """Float ``[layers, kv_heads, head_dim]``, KV heads of the whole model."""
 
 
-def read_center(path: Path, layer: int, head_dim: int, kv_heads: int, first_head: int, all_heads: int) -> Tensor:
-    """Center of this rank's heads of one layer, float32 ``[kv_heads, head_dim]``.
+def read_center(path: Path, layer: int, head_dim: int, kv_heads: int, first_head: int, all_heads: int) -> Tensor | None:
+    """Center of this rank's heads of one layer, float32 ``[kv_heads, head_dim]``; None where a preset has none.
 
     Args:
-        path: safetensors file with the tensor :data:`TENSOR_NAME`.
+        path: safetensors file with the tensor :data:`TENSOR_NAME`, or a preset of turboquant-core (``.json``).
         layer: index of the layer.
         head_dim: of the model.
         kv_heads: heads of this rank.
@@ -26,6 +28,27 @@ def read_center(path: Path, layer: int, head_dim: int, kv_heads: int, first_head
     Raises:
         OptionError: the file cannot be read, or holds another shape.
     """
+    if path.suffix == ".json":
+        return _of_preset(path, layer, head_dim, kv_heads, first_head, all_heads)
+    return _of_tensor(path, layer, head_dim, kv_heads, first_head, all_heads)
+
+
+def _of_preset(path: Path, layer: int, head_dim: int, kv_heads: int, first_head: int, all_heads: int) -> Tensor | None:
+    try:
+        preset = load_preset(path)
+    except PresetError as error:
+        raise OptionError(f"turboquant.key_centers: {error}") from error
+    model = preset.model
+    if (model.kv_heads, model.head_dim) != (all_heads, head_dim) or layer >= model.layers:
+        raise OptionError(
+            f"turboquant.preset: {path} is for {model}; this model has layer {layer}, kv_heads = {all_heads}, "
+            f"head_dim = {head_dim}: run turboquant doctor on it"
+        )
+    center = preset.centers.get(layer)
+    return None if center is None else center[first_head : first_head + kv_heads]
+
+
+def _of_tensor(path: Path, layer: int, head_dim: int, kv_heads: int, first_head: int, all_heads: int) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from turboquant_core import LayoutError
 from turboquant_core.layout import BITS, check_bits
+from turboquant_core.preset import PresetError, load_preset
 from turboquant_core.scale import SCALE_RULES, ScaleRule
 
 from .errors import OptionError
@@ -58,7 +59,7 @@ class Options:
         layers: layer index, from the end when negative, to what that layer gets.
         key_scale: scale rule of keys (:mod:`turboquant_core.scale`).
         value_scale: scale rule of values.
-        key_centers: safetensors file of the vector that each layer's keys lose, or None.
+        key_centers: safetensors file, or preset, of the vector that each layer's keys lose, or None.
         seed: rotation seed.
         provider: kernel provider by name; None selects one.
         prefill: what a prompt's own tokens are attended to: ``"raw"`` keys and values, or the ``"packed"`` pages.
@@ -109,9 +110,37 @@ def read_options(additional_config: object, environment: Mapping[str, str]) -> O
     if unknown:
         raise OptionError(f"unknown turboquant option {unknown[0]!r}; the options are {', '.join(sorted(_READERS))}")
     values = {name: _READERS[name](f"turboquant.{name}", value) for name, value in given.items()}
+    decided = values.pop("preset", None)
+    if decided is not None:
+        return Options(**decided, **_beside_preset(values))
     default = _bits_of(values, _environment_bits(environment))
     known = {f.name for f in fields(Options)}
     return Options(default=default, **{name: value for name, value in values.items() if name in known})
+
+
+def _beside_preset(values: dict[str, Any]) -> dict[str, Any]:
+    taken = sorted(set(values) & _DECIDED_BY_PRESET)
+    if taken:
+        raise OptionError(
+            f"turboquant.{taken[0]} is given beside turboquant.preset, which decides it: drop one of them"
+        )
+    return values
+
+
+def _preset(name: str, value: object) -> dict[str, Any]:
+    """Fields of :class:`Options` that a preset of turboquant-core decides."""
+    path = _file(name, value)
+    try:
+        preset = load_preset(path)
+    except PresetError as error:
+        raise OptionError(f"{name}: {error}") from error
+    if preset.windows:
+        raise OptionError(
+            f"{name}: {path} keeps sinks or recent tokens in full precision, which pages of vLLM do not hold: "
+            "make it with turboquant doctor --no-windows"
+        )
+    layers = tuple((index, LayerBits(*pair)) for index, pair in sorted(preset.layers.items()))
+    return {"default": LayerBits(*preset.bits), "layers": layers, "key_centers": path if preset.centers else None}
 
 
 def _bits_of(values: Mapping[str, Any], fallback: LayerBits) -> LayerBits:
@@ -229,4 +258,6 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "seed": _seed,
     "provider": _text,
     "prefill": _one_of("raw", "packed"),
+    "preset": _preset,
 }
+_DECIDED_BY_PRESET = {"bits", "k_bits", "v_bits", "compress_v", "boundary_layers", "boundary", "layers", "key_centers"}
