@@ -28,8 +28,8 @@ def store(batch: int = 2) -> PackedSequences:
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
-@given(chunks=st.lists(st.integers(0, 40), max_size=6), bits=st.sampled_from([2, 3, 4, (4, 2)]))
-def test_chunks_do_not_matter(chunks: list[int], bits: int | tuple[int, int]) -> None:
+@given(chunks=st.lists(st.integers(0, 40), max_size=6), bits=st.sampled_from([2, 2.5, 3, 3.5, 4, (4, 2), (3.5, 2)]))
+def test_chunks_do_not_matter(chunks: list[int], bits: float | tuple[float, float]) -> None:
     keys, values = vectors(2, 3, sum(chunks), 64), vectors(2, 3, sum(chunks), 64, seed=1)
     cache, whole = (TurboQuantKVCache(2, 3, 64, bits) for _ in range(2))
     start = 0
@@ -54,6 +54,21 @@ def test_memory_figures() -> None:
     assert figures.compression_ratio == pytest.approx(256 / 52)
     cache.reset()
     assert cache.memory() == MemoryFigures(0, 0, 0)
+
+
+@pytest.mark.parametrize(("bits", "row"), [(2.5, 20 + 2), (3.5, 28 + 2), (4, 32 + 2)])
+def test_fractional_bits_in_a_cache(bits: float, row: int) -> None:
+    """True bytes, and attention near that over exact vectors: nearer with more bits."""
+    cache = TurboQuantKVCache(1, 2, 64, bits)
+    keys, values, query = vectors(1, 2, 90, 64), vectors(1, 2, 90, 64, seed=1), vectors(1, 4, 3, 64, seed=2)
+    cache.append(keys, values)
+    assert cache.memory().stored == 2 * 90 * 2 * row
+    expanded = [x.repeat_interleave(2, 1) for x in (keys, values)]
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query, *expanded, attn_mask=torch.arange(90) <= torch.arange(87, 90).unsqueeze(1)
+    )
+    error = (cache.attend(query).out - exact).norm() / exact.norm()
+    assert float(error) < {2.5: 0.5, 3.5: 0.27, 4: 0.2}[bits]
 
 
 def test_growth_copies_a_bounded_number_of_bytes() -> None:
