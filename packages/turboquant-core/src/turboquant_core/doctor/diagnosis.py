@@ -103,7 +103,11 @@ class Diagnosis:
         """Why there is no preset; None when there is one."""
         if self.preset is not None:
             return None
-        return f"at {self.verdicts[-1].bits[0]:g} bits {self.verdicts[-1].reason}"
+        worst = max(self.layers, key=lambda layer: layer.divergence)
+        return (
+            f"at {self.verdicts[-1].bits[0]:g} bits {self.verdicts[-1].reason}; layer {worst.index} alone costs most, "
+            f"{worst.divergence:.3g} at {PROBE_BITS} bits"
+        )
 
 
 def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE, windows: bool = True) -> Diagnosis:

@@ -65,11 +65,13 @@ def _verdicts(diagnosis: Diagnosis) -> str:
             str(verdict.windows.recent_tokens),
             f"{verdict.divergence:.4f}",
             f"{verdict.same_top:.3f}",
-            "safe" if verdict.reason is None else "unsafe",
+            "safe" if verdict.reason is None else f"unsafe: {verdict.reason}",
         ]
         for verdict in diagnosis.verdicts
     ]
-    return _aligned(["K, V bits", "sinks", "recent", "nats", "same top", ""], rows)
+    table = _aligned(["K, V bits", "sinks", "recent", "nats", "same top"], [row[:-1] for row in rows])
+    judged = ["", *(row[-1] for row in rows)]
+    return "\n".join(f"{line}  {word}".rstrip() for line, word in zip(table.split("\n"), judged, strict=True))
 
 
 def _conclusion(diagnosis: Diagnosis) -> str:
