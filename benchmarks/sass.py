@@ -132,7 +132,7 @@ def measure(variant: Variant, capability: int) -> dict[str, Any]:
         "registers": used["registers"],
         "spilled bytes": used["stack"],
         "shared bytes": used["shared"],
-        "programs (warps) per SM": f"{fit} ({fit * config.num_warps})",
+        "programs that fit / are launched per SM": f"{fit} / {config.programs_per_sm}",
         "loop": len(loop),
         "per coordinate": len(loop) * per_element,
         **{pipe: pipes[pipe] * per_element for pipe in (*PIPES, "other")},
@@ -144,12 +144,11 @@ def variants(arguments: argparse.Namespace) -> list[Variant]:
     chosen = []
     for head_dim in arguments.head_dims:
         for key_bits, value_bits in arguments.bits or CLASSES:
-            config = attend_config(key_bits, value_bits, head_dim)
-            given = {name: value for name, value in vars(arguments).items() if name in CONFIG and value is not None}
-            config = replace(config, **given)
-            chosen += [
-                Variant(key_bits, value_bits, head_dim, n, arguments.page_size, config) for n in arguments.query_rows
-            ]
+            for n in arguments.query_rows:
+                config = attend_config(key_bits, value_bits, head_dim, n)
+                given = {name: value for name, value in vars(arguments).items() if name in CONFIG and value is not None}
+                config = replace(config, **given)
+                chosen.append(Variant(key_bits, value_bits, head_dim, n, arguments.page_size, config))
     return chosen
 
 
@@ -165,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS))
-    parser.add_argument("--bits", type=pair, nargs="+", help="pairs such as 4/4 or 3/16 (16: values not packed)")
+    parser.add_argument("--bits", type=pair, nargs="+", help="pairs: 4/4, 3/16 (raw values), 302/403 (2.5, 3.5 bits)")
     parser.add_argument("--query-rows", type=int, nargs="+", default=[8], help="query vectors of a program: 8, 16, 32")
     parser.add_argument("--page-size", type=int, default=128)
     for name in CONFIG:

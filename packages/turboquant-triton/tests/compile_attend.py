@@ -43,7 +43,10 @@ def attention(key_bits: int, value_bits: int, dim: int, config: AttendConfig) ->
 
 def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]]:
     """Name, kernel, compile-time arguments, types and options of every kernel of attention."""
-    for key_bits, value_bits in ((4, 4), (3, 3), (2, 2), (4, 16)):
+    pairs = [(4, 4), (3, 3), (2, 2), (4, 16)]
+    # Codes of two widths (2.5 and 3.5 bits) need halves of whole words.
+    pairs += [(302, 302), (403, 403)] if dim % 32 == 0 else []
+    for key_bits, value_bits in pairs:
         config = attend_config(key_bits, value_bits, dim)
         constants = attention(key_bits, value_bits, dim, config)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -54,7 +57,17 @@ def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any],
         types = {"query": "*fp32", "pages": "*u8"}
         options = {"num_warps": PORTABLE.num_warps, "num_stages": PORTABLE.num_stages}
         yield f"portable {key_bits}/{value_bits}", attend_portable_kernel, portable, types, options
-    prepare = {"D": dim, **GROUPED, "N": 8, "BLOCK": 64, "QUANTIZE": True, "RAGGED": False, **SEEN, "PDL": newest}
+    prepare = {
+        "D": dim,
+        **GROUPED,
+        "N": 8,
+        "BLOCK": 64,
+        "QUANTIZE": True,
+        "RAGGED": False,
+        "KEY_BITS": 4,
+        **SEEN,
+        "PDL": newest,
+    }
     types = {"query": "*bf16"}
     yield "prepare", attend_prepare_kernel, prepare, types, {"num_warps": 8}
     merge = {"D": dim, **GROUPED, "N": 8, "ROTATED": True, "HAS_SINKS": False, "PIECES": 16, "PDL": newest}

@@ -41,7 +41,7 @@ def test_compiles_and_fits(capability: int, head_dim: int) -> None:
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
 def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None:
     records = compile_all(capability, head_dim, "compile_attend.py")
-    assert len(records) == 10
+    assert len(records) == (14 if head_dim % 32 == 0 else 10)
     assert all(int(record["shared"]) <= SHARED_MEMORY[capability] for record in records)
     if head_dim in (64, 128, 256):
         # Tiles come by asynchronous copies: two of them (four at 3 bits), before the loop and in it.
@@ -49,4 +49,7 @@ def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None
         assert all(copies % 2 == 0 and copies >= 4 for copies in tiles.values())
         assert tiles["permute 3/3"] == 2 * tiles["permute 4/4"]
     if (capability, head_dim) == (90, 128):
-        assert not [record for record in records if record["stack"] and "portable" not in str(record["name"])]
+        # Accumulators of 2.5 bits, two times eight, leave a few bytes to spill.
+        spilled = {record["name"]: int(record["stack"]) for record in records if "portable" not in str(record["name"])}
+        assert spilled.pop("permute 302/302") <= 32
+        assert not any(spilled.values())

@@ -60,6 +60,12 @@ def test_every_width(head_dim: int, key_bits: int, value_bits: int | None, provi
     check(provider, [150, 17], 1, 4, key_bits, value_bits, head_dim=head_dim)
 
 
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2.5, 3.5), (3.5, 2.5), (3.5, 4), (2, 2.5)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_fractional_bits(head_dim: int, key_bits: float, value_bits: float, provider: TritonProvider) -> None:
+    check(provider, [70, 17], 1, 4, key_bits, value_bits, head_dim=head_dim)
+
+
 @pytest.mark.parametrize("head_dim", [80, 112, 160, 192])
 def test_padded_head_dims(head_dim: int, provider: TritonProvider) -> None:
     check(provider, [70], 1, 2, 3, 4, head_dim=head_dim)

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from turboquant_core import Attended, CacheCodec, KernelRequest, PageLayout, RawLayout
+from turboquant_core import Attended, CacheCodec, KernelRequest, PageLayout, RawLayout, VectorLayout
 from turboquant_core.codec import check_center
 
 from .checks import check_attend
@@ -43,11 +43,11 @@ def value_bits(layout: PageLayout) -> int:
     return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else bits_code(layout.value)
 
 
-def config_for(layout: PageLayout, permute: bool) -> AttendConfig:
-    """Launch parameters for a layout on the permute or the portable path."""
+def config_for(layout: PageLayout, n: int, permute: bool) -> AttendConfig:
+    """Launch parameters for a layout and ``n`` query vectors a program, on the permute or the portable path."""
     if not permute:
         return PORTABLE
-    return attend_config(layout.key.width, value_bits(layout), max(layout.key.head_dim, layout.value.head_dim))
+    return attend_config(bits_code(layout.key), value_bits(layout), max(layout.key.head_dim, layout.value.head_dim), n)
 
 
 def attend(
@@ -73,8 +73,8 @@ def attend(
     check_attend(query, pages, block_table, seq_lens, codec.layout, options.window, options.softcap, sinks, out)
     check_center(codec, options.softcap, sinks)
     layout = codec.layout
-    config = config_for(layout, permute)
     shape = AttendShape.of(layout, query, seq_lens, query_start_loc is not None, permute)
+    config = config_for(layout, shape.n, permute)
     out = query.new_empty((*query.shape[:2], layout.value.head_dim)) if out is None else out
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     if query.shape[0] == 0:
@@ -90,11 +90,16 @@ def attend(
 
 def attend_workspace_bytes(request: KernelRequest, tokens: int, batch: int, permute: bool) -> int:
     """Scratch bytes of any call with ``tokens`` queries of ``batch`` sequences, of equal length or not."""
-    programs = config_for(request.layout, permute).programs_per_sm * multiprocessors(request.device)
     heads, group = request.layout.kv_heads, request.group_size
     equal = AttendShape.build(batch, max(tokens // max(batch, 1), 1), group, heads, permute)
     ragged = AttendShape.build(max(tokens, 1), 1, group, heads, permute)
-    return max(workspace_bytes(shape, programs, request.layout, permute) for shape in (equal, ragged))
+    return max(_shape_bytes(shape, request, permute) for shape in (equal, ragged))
+
+
+def _shape_bytes(shape: AttendShape, request: KernelRequest, permute: bool) -> int:
+    config = config_for(request.layout, shape.n, permute)
+    programs = config.programs_per_sm * multiprocessors(request.device)
+    return workspace_bytes(shape, programs, request.layout, permute)
 
 
 def _pieces(shape: AttendShape, programs: int, value_dim: int) -> int:
@@ -118,7 +123,7 @@ def _prepare(
     query = query if query.stride(-1) == 1 else query.contiguous()
     multiplier = options.scaling * math.log2(math.e)
     if permute:
-        multiplier *= int8_levels(codec.layout.key.width).step
+        multiplier *= int8_levels(codec.layout.key.parts[0].width).step
     vectors = query.shape[0] * query.shape[1]
     attend_prepare_kernel[(vectors + 1,)](
         query,
@@ -149,6 +154,7 @@ def _prepare(
         HAS_STARTS=seq_starts is not None,
         HAS_WINDOW=options.window is not None,
         ROWS_BLOCK=shape.rows_block,
+        KEY_BITS=bits_code(codec.layout.key),
         PDL=permute and has_dependent_launch(query.device),
         num_warps=8,
     )
@@ -262,7 +268,9 @@ def _merge(
 ) -> None:
     layout = codec.layout
     rotated = codec.value is not None
-    scale = cubic_levels(value_bits(layout)).step / _WEIGHT_SHIFT if permute and rotated else 1.0
+    scale = 1.0
+    if permute and isinstance(layout.value, VectorLayout):
+        scale = cubic_levels(layout.value.parts[0].width).step / _WEIGHT_SHIFT
     value_dim = layout.value.head_dim
     pdl = permute and has_dependent_launch(out.device)
     attend_merge_kernel[(out.shape[0] * out.shape[1],)](

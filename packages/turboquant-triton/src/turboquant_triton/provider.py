@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from turboquant_core import Attended, CacheCodec, Codec, Gathered, KernelRequest, Packed, PageLayout
+from turboquant_core import Attended, CacheCodec, Codec, Gathered, KernelRequest, Packed, PageLayout, VectorLayout
 
 from . import operators
 from .checks import check_rounding
@@ -47,9 +47,10 @@ class TritonProvider:
         from .self_test import self_test_reason
 
         make_constants(request.layout, request.device)
-        return (
-            self_test_reason(request.device) if self._permutes(request.layout, request.device, request.dtype) else None
-        )
+        if not self._permutes(request.layout, request.device, request.dtype):
+            return None
+        vectors = (request.layout.key, request.layout.value)
+        return self_test_reason(request.device, any(isinstance(v, VectorLayout) and v.is_mixed for v in vectors))
 
     def _permutes(self, layout: PageLayout, device: torch.device, dtype: torch.dtype) -> bool:
         return not self._portable and permute_supported(layout, device, dtype)

@@ -19,12 +19,12 @@ _TOLERANCE = 0.05
 """Int8 queries and fp16 weights stay far below; a wrong register order gives an error near 1."""
 
 
-def _relative_error(bits: int, device: torch.device) -> float:
+def _relative_error(bits: float, device: torch.device) -> float:
     from .attend import AttendOptions, attend
 
     layout = PageLayout(VectorLayout(_HEAD_DIM, bits, "int8"), VectorLayout(_HEAD_DIM, bits, "cubic"), 64, 1)
     store = PackedSequences(1, CacheCodec.create(layout), ReferenceProvider(), torch.float32)
-    generator = torch.Generator().manual_seed(bits)
+    generator = torch.Generator().manual_seed(int(2 * bits))
     store.append(*torch.randn(2, 1, 1, _TOKENS, _HEAD_DIM, generator=generator))
     query = torch.randn(1, 2, _HEAD_DIM, generator=generator).half()
     past = store.past()
@@ -48,9 +48,12 @@ def _relative_error(bits: int, device: torch.device) -> float:
 
 
 @lru_cache(maxsize=16)
-def self_test_reason(device: torch.device) -> str | None:
-    """None when every width agrees with the reference on ``device``; else what to do. Runs once per device."""
-    for bits in (2, 3, 4):
+def self_test_reason(device: torch.device, mixed: bool) -> str | None:
+    """None when every width agrees with the reference on ``device``; else what to do. Runs once per device.
+
+    ``mixed`` asks for the widths two of which make up fractional bits as well.
+    """
+    for bits in (2, 2.5, 3, 3.5, 4) if mixed else (2, 3, 4):
         error = _relative_error(bits, device)
         if not error <= _TOLERANCE:
             return (

@@ -63,10 +63,8 @@ def permute_supported(layout: PageLayout, device: torch.device, dtype: torch.dty
     """Whether attention takes the byte-permute form.
 
     An NVIDIA GPU from sm_80, keys of the ``int8`` form, values of the ``cubic`` form or 16-bit values of the query's
-    dtype; one code width for each.
+    dtype.
     """
-    if any(isinstance(vector, VectorLayout) and vector.is_mixed for vector in (layout.key, layout.value)):
-        return False
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     if isinstance(layout.value, RawLayout):

@@ -27,10 +27,26 @@ class AttendConfig:
 PORTABLE = AttendConfig(block=32, num_warps=4, num_stages=1, programs_per_sm=2)
 
 
-def attend_config(key_bits: int, value_bits: int, head_dim: int) -> AttendConfig:
-    """Configuration of the permute kernel for a layout (``value_bits`` 16 for raw values)."""
+def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> AttendConfig:
+    """Configuration of the permute kernel.
+
+    No more programs than fit on a multiprocessor (``benchmarks/sass.py`` counts them): the work is dealt evenly to all,
+    and those that had to wait for a place would finish last.
+
+    Args:
+        key_bits: widths as :mod:`turboquant_triton.kernels.widths` writes them.
+        value_bits: the same, or 16 for raw values.
+        head_dim: the larger of keys and values.
+        n: query vectors of a program.
+    """
+    few = n <= 8
+    if max(key_bits, value_bits) > 100:
+        # At 2.5 bits, two times eight accumulators leave no registers for a larger tile.
+        block = 32 if 302 in (key_bits, value_bits) else 64
+        return AttendConfig(block=block, num_warps=1, num_stages=3, programs_per_sm=8)
     if value_bits == 16 or head_dim > 128:
-        return AttendConfig(block=64, num_warps=2, num_stages=3, programs_per_sm=4)
+        programs = 2 if value_bits == 16 and head_dim > 128 else 4
+        return AttendConfig(block=64, num_warps=2, num_stages=3, programs_per_sm=programs)
     if key_bits == 4 and value_bits == 4 and head_dim > 64:
-        return AttendConfig(block=128, num_warps=2, num_stages=3, programs_per_sm=6)
-    return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=12)
+        return AttendConfig(block=128, num_warps=2, num_stages=3, programs_per_sm=6 if few else 5)
+    return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=12 if few else 8)

@@ -22,7 +22,10 @@ from .unpack_asm import (
     VALUE3_CONSTRAINTS,
     VALUE4,
     VALUE4_CONSTRAINTS,
+    key_step_ratio,
+    value_step_ratio,
 )
+from .widths import first_width, is_mixed, row_bytes, second_width
 
 
 @triton.jit
@@ -33,22 +36,32 @@ def padded(size: tl.constexpr, least: tl.constexpr) -> tl.constexpr:
 
 
 @triton.jit
-def load_query(q, coordinate, valid, N: tl.constexpr, D: tl.constexpr):
+def load_query(q, coordinate, valid, N: tl.constexpr, STRIDE: tl.constexpr):
     """int8 ``[len(coordinate), N]``: rows of the rotated query in the order in which keys are unpacked."""
     n = tl.arange(0, N)
-    return tl.load(q + n[None, :] * D + coordinate[:, None], mask=valid[:, None], other=0)
+    return tl.load(q + n[None, :] * STRIDE + coordinate[:, None], mask=valid[:, None], other=0)
 
 
 @triton.jit
 def query_operands(q, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """The query tiles that :func:`key_product` multiplies with, for one int8 ``[N, D]`` query block at ``q``."""
+    """The query tiles that :func:`key_scores` multiplies with, for one int8 ``[N, D]`` query block at ``q``."""
+    if is_mixed(BITS):
+        first = query_part(q, first_width(BITS), N, D // 2, D)
+        return first, query_part(q + D // 2, second_width(BITS), N, D // 2, D)
+    else:
+        return query_part(q, BITS, N, D, D)
+
+
+@triton.jit
+def query_part(q, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr):
+    """The tiles of ``D`` coordinates from ``q`` on that keys have in one width; vectors lie ``STRIDE`` apart."""
     if BITS == 4:
-        BYTES4: tl.constexpr = triton.next_power_of_2(D // 2)
+        BYTES4: tl.constexpr = triton.next_power_of_2(max(D // 2, 32))
         byte4 = tl.arange(0, BYTES4)
         low4 = 8 * (byte4 // 4) + byte4 % 4
         return (
-            load_query(q, low4, low4 < D, N, D),
-            load_query(q, low4 + 4, low4 + 4 < D, N, D),
+            load_query(q, low4, low4 < D, N, STRIDE),
+            load_query(q, low4 + 4, low4 + 4 < D, N, STRIDE),
         )
     elif BITS == 3:
         column = tl.arange(0, 2 * triton.next_power_of_2(max(D // 8, 16)))
@@ -58,19 +71,19 @@ def query_operands(q, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
         first_group = second * (D // 4) + low3
         last_group = first_group + D // 2
         return (
-            load_query(q, first_group, low3 < D // 4, N, D),
-            load_query(q, first_group + 4, low3 + 4 < D // 4, N, D),
-            load_query(q, last_group, low3 < D // 4, N, D),
-            load_query(q, last_group + 4, low3 + 4 < D // 4, N, D),
+            load_query(q, first_group, low3 < D // 4, N, STRIDE),
+            load_query(q, first_group + 4, low3 + 4 < D // 4, N, STRIDE),
+            load_query(q, last_group, low3 < D // 4, N, STRIDE),
+            load_query(q, last_group + 4, low3 + 4 < D // 4, N, STRIDE),
         )
     else:
         byte2 = tl.arange(0, triton.next_power_of_2(max(D // 4, 32)))
         low2 = 8 * (byte2 // 4) + byte2 % 4
         return (
-            load_query(q, low2, low2 < D // 2, N, D),
-            load_query(q, low2 + 4, low2 + 4 < D // 2, N, D),
-            load_query(q, low2 + D // 2, low2 < D // 2, N, D),
-            load_query(q, low2 + 4 + D // 2, low2 + 4 < D // 2, N, D),
+            load_query(q, low2, low2 < D // 2, N, STRIDE),
+            load_query(q, low2 + 4, low2 + 4 < D // 2, N, STRIDE),
+            load_query(q, low2 + D // 2, low2 < D // 2, N, STRIDE),
+            load_query(q, low2 + 4 + D // 2, low2 + 4 < D // 2, N, STRIDE),
         )
 
 
@@ -113,7 +126,7 @@ def first_of_two(column, PLANE: tl.constexpr, RUN: tl.constexpr):
 def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
     """int32 ``[tokens, N]``: ``sum_i key_byte_i * query_i`` for the code rows at ``row`` (pointers to int8)."""
     if BITS == 4:
-        BYTES4: tl.constexpr = triton.next_power_of_2(D // 2)
+        BYTES4: tl.constexpr = triton.next_power_of_2(max(D // 2, 32))
         byte4 = tl.arange(0, BYTES4)
         word4 = load_columns(row, byte4, byte4 < D // 2, BYTES4 == D // 2)
         low4, high4 = tl.inline_asm_elementwise(
@@ -149,8 +162,29 @@ def key_product(row, query, BITS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def key_scores(row, query, BITS: tl.constexpr, D: tl.constexpr):
+    """float32 ``[tokens, N]``: :func:`key_product`, with two widths of both halves in steps of the first."""
+    if is_mixed(BITS):
+        FIRST: tl.constexpr = first_width(BITS)
+        first = key_product(row, query[0], FIRST, D // 2).to(tl.float32)
+        second = key_product(row + row_bytes(D // 2, FIRST), query[1], second_width(BITS), D // 2).to(tl.float32)
+        return first + second * key_step_ratio(BITS)
+    else:
+        return key_product(row, query, BITS, D).to(tl.float32)
+
+
+@triton.jit
 def zero_output(BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """Accumulators float32 ``[rows, N]``, one for each unpacked value operand."""
+    """Accumulators float32 ``[rows, N]``, one for each unpacked value operand, those of two widths together."""
+    if is_mixed(BITS):
+        return zero_part(first_width(BITS), N, D // 2) + zero_part(second_width(BITS), N, D // 2)
+    else:
+        return zero_part(BITS, N, D)
+
+
+@triton.jit
+def zero_part(BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """:func:`zero_output` for one width."""
     if BITS == 16:
         return (tl.zeros((triton.next_power_of_2(D), N), tl.float32),)
     elif BITS == 4:
@@ -174,7 +208,39 @@ def load_rows(row, line, valid, FULL: tl.constexpr):
 
 
 @triton.jit
+def first_outputs(output, BITS: tl.constexpr):
+    """Accumulators of the first of two widths."""
+    if first_width(BITS) == 4:
+        return output[0], output[1], output[2], output[3]
+    else:
+        return output[0], output[1], output[2], output[3], output[4], output[5], output[6], output[7]
+
+
+@triton.jit
+def second_outputs(output, BITS: tl.constexpr):
+    """Accumulators of the second of two widths, which is 2 or 3."""
+    B: tl.constexpr = 4 if first_width(BITS) == 4 else 8
+    return (
+        output[B], output[B + 1], output[B + 2], output[B + 3],
+        output[B + 4], output[B + 5], output[B + 6], output[B + 7],
+    )  # fmt: skip
+
+
+@triton.jit
 def add_values(output, row, seen, weight, decay, BITS: tl.constexpr, D: tl.constexpr):
+    """:func:`add_part`, with two widths for both halves."""
+    if is_mixed(BITS):
+        FIRST: tl.constexpr = first_width(BITS)
+        first = add_part(first_outputs(output, BITS), row, seen, weight, decay, FIRST, D // 2)
+        second_row = row + row_bytes(D // 2, FIRST) // 2
+        second = second_outputs(output, BITS)
+        return first + add_part(second, second_row, seen, weight, decay, second_width(BITS), D // 2)
+    else:
+        return add_part(output, row, seen, weight, decay, BITS, D)
+
+
+@triton.jit
+def add_part(output, row, seen, weight, decay, BITS: tl.constexpr, D: tl.constexpr):
     """``output * decay + V^T weight`` for the code rows at ``row`` (int16 pointers; raw: the values' type).
 
     Codes are finite whatever the bytes; a raw value that is not ``seen`` may be NaN and reads as zero.
@@ -239,15 +305,26 @@ def add_values(output, row, seen, weight, decay, BITS: tl.constexpr, D: tl.const
 
 @triton.jit
 def store_output(target, output, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """Write the accumulators in coordinate order: float32 ``[N, D]`` at ``target``."""
-    n = tl.arange(0, N)[None, :] * D
+    """Write the accumulators in coordinate order: float32 ``[N, D]`` at ``target``, in steps of the first width."""
+    if is_mixed(BITS):
+        store_part(target, first_outputs(output, BITS), 1.0, first_width(BITS), N, D // 2, D)
+        ratio = value_step_ratio(BITS)
+        store_part(target + D // 2, second_outputs(output, BITS), ratio, second_width(BITS), N, D // 2, D)
+    else:
+        store_part(target, output, 1.0, BITS, N, D, D)
+
+
+@triton.jit
+def store_part(target, output, factor, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr):
+    """:func:`store_output` for one width, times ``factor``; vectors lie ``STRIDE`` apart."""
+    n = tl.arange(0, N)[None, :] * STRIDE
     if BITS == 16:
         line = tl.arange(0, triton.next_power_of_2(D))[:, None]
-        tl.store(target + n + line, output[0], mask=line < D)
+        tl.store(target + n + line, output[0] * factor, mask=line < D)
     elif BITS == 4:
         word4 = tl.arange(0, triton.next_power_of_2(max(D // 4, 16)))[:, None]
         for j in tl.static_range(4):
-            tl.store(target + n + 4 * word4 + j, output[j], mask=word4 < D // 4)
+            tl.store(target + n + 4 * word4 + j, output[j] * factor, mask=word4 < D // 4)
     elif BITS == 3:
         PLANE: tl.constexpr = D // 16
         line3 = tl.arange(0, 2 * triton.next_power_of_2(max(PLANE, 8)))[:, None]
@@ -255,10 +332,10 @@ def store_output(target, output, BITS: tl.constexpr, N: tl.constexpr, D: tl.cons
         group = (line3 % 16) // 8
         for j in tl.static_range(4):
             front = target + n + group * (D // 4) + 4 * word3 + j
-            tl.store(front, output[j], mask=word3 < PLANE)
-            tl.store(front + D // 2, output[4 + j], mask=word3 < PLANE)
+            tl.store(front, output[j] * factor, mask=word3 < PLANE)
+            tl.store(front + D // 2, output[4 + j] * factor, mask=word3 < PLANE)
     else:
         word2 = tl.arange(0, triton.next_power_of_2(max(D // 8, 16)))[:, None]
         for j in tl.static_range(4):
-            tl.store(target + n + 4 * word2 + j, output[2 * j], mask=word2 < D // 8)
-            tl.store(target + n + D // 2 + 4 * word2 + j, output[2 * j + 1], mask=word2 < D // 8)
+            tl.store(target + n + 4 * word2 + j, output[2 * j] * factor, mask=word2 < D // 8)
+            tl.store(target + n + D // 2 + 4 * word2 + j, output[2 * j + 1] * factor, mask=word2 < D // 8)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend_operands import add_values, key_product, query_operands, store_output, zero_output
+from .attend_operands import add_values, key_scores, query_operands, store_output, zero_output
 from .attend_plan import load_piece
+from .widths import row_bytes
 
 # exp2(-24) is the smallest positive fp16: every stored scale but zero is at least that.
 SMALLEST_SCALE = tl.constexpr(2.0**-24)
@@ -129,8 +130,8 @@ def attend_permute_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    KEY_ROW: tl.constexpr = D * KEY_BITS // 8
-    VALUE_ROW: tl.constexpr = VALUE_DIM * VALUE_BITS // 8
+    KEY_ROW: tl.constexpr = row_bytes(D, KEY_BITS)
+    VALUE_ROW: tl.constexpr = row_bytes(VALUE_DIM, VALUE_BITS)
     VALUE_OFFSET: tl.constexpr = PAGE_SIZE * KEY_ROW
     KEY_SCALE_OFFSET: tl.constexpr = VALUE_OFFSET + PAGE_SIZE * VALUE_ROW
     VALUE_SCALE_OFFSET: tl.constexpr = KEY_SCALE_OFFSET + PAGE_SIZE * 2
@@ -195,7 +196,7 @@ def attend_permute_kernel(
                 value_rows = token_pointers(
                     chunk_base, page, page_stride, i, token, VALUE_OFFSET, VALUE_ROW, VALUE_TYPE, PAGE_SIZE, BLOCK
                 )
-                score = key_product(key_rows, q, KEY_BITS, D).to(tl.float32)
+                score = key_scores(key_rows, q, KEY_BITS, D)
                 score = (score * multiplier[None, :] + offset[None, :]) * key_scale.to(tl.float32)[:, None]
                 if HAS_SOFTCAP:
                     # tanh(x) = 1 - 2 / (exp(2 x) + 1), with x = score / softcap in natural units.

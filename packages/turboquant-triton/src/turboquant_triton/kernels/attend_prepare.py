@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .attend_plan import write_plan
 from .rotate_vector import load_rotation, rotate_vector
+from .unpack_asm import key_step_ratio
+from .widths import is_mixed
 
 LARGEST_INT8 = tl.constexpr(127.0)
 
@@ -27,7 +29,7 @@ def attend_prepare_kernel(
     vectors,
     token_stride,
     head_stride,
-    multiplier,  # scaling * log2(e), times the step of the key levels when QUANTIZE
+    multiplier,  # scaling * log2(e), times the step of the (first) key levels when QUANTIZE
     window,
     D: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -41,6 +43,7 @@ def attend_prepare_kernel(
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
+    KEY_BITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -84,6 +87,10 @@ def attend_prepare_kernel(
             tl.store(target, code.to(tl.int8), mask=d < D)
             tl.store(stats + item * 2 * N + n, step)
             # A key byte stands for byte + 1/2: the halves add up to half the sum of the query.
-            tl.store(stats + item * 2 * N + N + n, step * 0.5 * tl.sum(code, 0).to(tl.float32))
+            total = tl.sum(code, 0).to(tl.float32)
+            if is_mixed(KEY_BITS):
+                second = tl.sum(tl.where(d < D // 2, 0, code), 0).to(tl.float32)
+                total += second * (key_step_ratio(KEY_BITS) - 1.0)
+            tl.store(stats + item * 2 * N + N + n, step * 0.5 * total)
         else:
             tl.store(target, rotated * multiplier, mask=d < D)

@@ -11,6 +11,7 @@ the register order of Triton's dot operands, which :mod:`turboquant_triton.self_
 from __future__ import annotations
 
 import numpy as np
+import triton
 import triton.language as tl
 
 from turboquant_core.codebook.formats import CubicLevels, Int8Levels, format_constants
@@ -183,3 +184,21 @@ VALUE3 = tl.constexpr(_value3())
 VALUE3_CONSTRAINTS = tl.constexpr(_constraints(16, 4))
 VALUE2 = tl.constexpr(_value_faithful(2))
 VALUE2_CONSTRAINTS = tl.constexpr(_constraints(8, 1))
+
+# Step of the second of two codebooks in steps of the first (kernels.widths).
+KEY_STEP_RATIO_302 = tl.constexpr(int8_levels(2).step / int8_levels(3).step)
+KEY_STEP_RATIO_403 = tl.constexpr(int8_levels(3).step / int8_levels(4).step)
+VALUE_STEP_RATIO_302 = tl.constexpr(cubic_levels(2).step / cubic_levels(3).step)
+VALUE_STEP_RATIO_403 = tl.constexpr(cubic_levels(3).step / cubic_levels(4).step)
+
+
+@triton.constexpr_function
+def key_step_ratio(bits):
+    """Step of the second half's key codebook in steps of the first half's."""
+    return KEY_STEP_RATIO_302 if bits == 302 else KEY_STEP_RATIO_403
+
+
+@triton.constexpr_function
+def value_step_ratio(bits):
+    """The same of value codebooks."""
+    return VALUE_STEP_RATIO_302 if bits == 302 else VALUE_STEP_RATIO_403
