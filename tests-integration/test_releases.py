@@ -35,7 +35,8 @@ def test_the_minimums_are_those_that_core_declares() -> None:
     text = (Path(__file__).parents[1] / "constraints-minimums.txt").read_text()
     tested = dict(re.findall(r"^([\w-]+)==(\S+)$", text, flags=re.MULTILINE))
     asked = [Requirement(text) for text in requires("turboquant-core") or []]
-    assert {requirement.name for requirement in asked} == set(tested)
+    # Triton's floor is turboquant-triton's, tested in a session of its own.
+    assert {requirement.name for requirement in asked} == set(tested) - {"triton"}
     for requirement in asked:
         (floor,) = (part.version for part in requirement.specifier if part.operator == ">=")
         if requirement.name != "torch":  # its floor runs where that release is at hand
