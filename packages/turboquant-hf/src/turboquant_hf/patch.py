@@ -77,7 +77,7 @@ def patch_model(
     if verify:
         try:
             cache.verification = verify_model(model, fresh)
-        except TurboQuantError:
+        except (TurboQuantError, ValueError):
             unpatch_model(model)
             raise
         for concern in concerns(cache.verification.layers, centered=options.get("center_keys", False) is not False):

@@ -141,7 +141,15 @@ def run_steps(model: PreTrainedModel, cache: DynamicCache) -> Tensor:
 
     Returns:
         Logits float32 ``[2, tokens after the prompt, vocabulary]``.
+
+    Raises:
+        ValueError: the model is an encoder-decoder.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, which cannot be run with decoder tokens alone: use "
+            "patch_model(model, verify=False) and generate with EncoderDecoderCache(cache, DynamicCache())"
+        )
     training = model.training
     model.eval()
     rows = []
@@ -165,6 +173,7 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
         make_cache: gives an empty packed cache.
 
     Raises:
+        ValueError: the model is an encoder-decoder.
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors.
     """
     cache = make_cache()
