@@ -6,6 +6,9 @@
 
 Each contender runs in a process of its own. Time per token is taken while every request of a workload decodes; prefill
 is the time until the last of them has its first token. No prefix is cached.
+
+vLLM finds plug-ins by the metadata of distributions: on a host without network, unpack the wheels that ``nox -s build``
+makes into a folder on PYTHONPATH.
 """
 
 from __future__ import annotations
