@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from turboquant_core import TurboQuantError, Windows
+from turboquant_core.doctor.simulation import Treatment, divergence, run
 from turboquant_core.preset import Fingerprint, Preset, PresetError, save_preset
-from turboquant_hf import TurboQuantCache, patch_model, presets, turboquant
+from turboquant_hf import TurboQuantCache, patch_model, presets, turboquant, unpatch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.presets import measured_preset, preset_options
@@ -106,3 +107,21 @@ def test_options_beside_a_preset(llama: Any) -> None:
         patch_model(llama, preset_for(llama), center_keys=True)
     with pytest.raises(ValueError, match=r"bits is 'nowhere\.json', which is no file"):
         patch_model(llama, "nowhere.json")
+
+
+def test_the_doctor_simulates_what_the_cache_does() -> None:
+    """Log-probabilities of a chunk read from the pages are those of the doctor's stock cache, to rounding."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    preset = preset_for(model, windows=Windows(sink_tokens=1))
+    ids = torch.randint(3, 4000, (1, 60), generator=torch.Generator().manual_seed(1))
+    cache = patch_model(model, preset, verify=False)
+    with torch.no_grad():
+        # A cache attends to its first chunk as it came: to one token, exact here as a sink.
+        model(input_ids=ids[:, :1], use_cache=True, **{CACHE_ARGUMENT: cache})
+        packed = model(input_ids=ids[:, 1:], use_cache=True, **{CACHE_ARGUMENT: cache}).logits[0].log_softmax(-1)
+    unpatch_model(model)
+    bits = {index: preset.layer_bits(index) for index in range(preset.model.layers)}
+    simulated, _ = run(model, ids, Treatment(bits, preset.centers, preset.windows))
+    exact, _ = run(model, ids, None)
+    assert divergence(exact[1:], packed) > 1e-2
+    assert divergence(simulated[1:], packed) < 1e-4 * divergence(exact[1:], packed)
