@@ -48,5 +48,6 @@ def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> 
         programs = 2 if value_bits == 16 and head_dim > 128 else 4
         return AttendConfig(block=64, num_warps=2, num_stages=3, programs_per_sm=programs)
     if key_bits == 4 and value_bits == 4 and head_dim > 64:
-        return AttendConfig(block=128, num_warps=2, num_stages=3, programs_per_sm=6 if few else 5)
+        programs = 6 if few else 5 if n <= 16 else 4
+        return AttendConfig(block=128, num_warps=2, num_stages=3, programs_per_sm=programs)
     return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=12 if few else 8)
