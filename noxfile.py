@@ -202,6 +202,14 @@ def tests_hf(session: nox.Session, transformers: str) -> None:
     pytest(session, f"{folder('hf')}/tests")
 
 
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def sweep(session: nox.Session) -> None:
+    """Every causal model that Transformers can build small, over packed caches; --write makes the page anew."""
+    python = (session.cache_dir.parent / "dev" / "bin" / "python").absolute()
+    with session.chdir(folder("hf")):
+        session.run(str(python), "-m", "tests.sweep", *session.posargs, env=TEST_ENVIRONMENT, external=True)
+
+
 @nox.session(name="tests-vllm")
 @nox.parametrize("vllm", VLLM, ids=VLLM)
 def tests_vllm(session: nox.Session, vllm: str) -> None:
