@@ -82,11 +82,11 @@ class TurboQuantCache(DynamicCache):
         offload_only_non_sliding: bool = False,
     ) -> None:
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        windows = Windows(sink_tokens, recent_tokens, start_after)
         self._fingerprint = fingerprint(config)
         self.text = HeldText()
-        self.padding = Padding()
+        self.padding = Padding(is_wanted=sink_tokens > 0)
         self.verification: Verification | None = None
-        windows = Windows(sink_tokens, recent_tokens, start_after)
         self.options = CacheOptions(bits, compress_v, seed, page_size, provider, center_keys, windows, compress_sliding)
         self.layers = [self._packed(index, layer) for index, layer in enumerate(self.layers)]
         if not any(isinstance(layer, TurboQuantLayer) for layer in self.layers):

@@ -7,9 +7,14 @@ from torch import Tensor
 
 
 class Padding:
-    """Left padding of the sequences of a cache, as far as it was told."""
+    """Left padding of the sequences of a cache, as far as it was told.
 
-    def __init__(self) -> None:
+    Args:
+        is_wanted: whether a patched model should tell it before every forward.
+    """
+
+    def __init__(self, is_wanted: bool) -> None:
+        self.is_wanted = is_wanted
         self._starts: Tensor | None = None
 
     @property

@@ -38,8 +38,10 @@ def _note_padding(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> 
     """Tell a packed cache where its sequences begin: its layers see no mask."""
     cache = kwargs.get(CACHE_ARGUMENT)
     padding = getattr(getattr(cache, "self_attention_cache", cache), "padding", None)
+    if not isinstance(padding, Padding) or not padding.is_wanted:
+        return
     mask = kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
-    if isinstance(padding, Padding) and isinstance(mask, Tensor) and mask.dim() == 2:
+    if isinstance(mask, Tensor) and mask.dim() == 2:
         padding.note(mask)
 
 
