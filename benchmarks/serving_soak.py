@@ -13,8 +13,9 @@ from serving_engine import Setting
 
 PROBES = 4
 PROBE_TOKENS = 24
-TIE = 0.05
-"""Nats: a GPU sums in another order when the batch is another, which may turn a tie of two tokens."""
+TIE = 0.25
+"""Nats: two steps of a bf16 logit between 16 and 32. Sums are rounded in another order when the batch is another, or a
+prefix was cached, which may turn what is nearly a tie of two tokens; such turns are counted."""
 
 
 @dataclass
@@ -30,7 +31,9 @@ class Traffic:
     random: random.Random
     expected: list[Any] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("sent", "done", "cancelled", "probes"), 0))
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("sent", "done", "cancelled", "probes", "ties"), 0)
+    )
     wrong: list[str] = field(default_factory=list)
 
 
@@ -41,6 +44,7 @@ def soak(model: Path, seconds: float, quick: bool) -> dict[str, Any]:
         "kv_cache_memory_bytes": (4 if quick else 512) << 20,
         "enforce_eager": quick,
         "max_model_len": 512 if quick else 4096,
+        "dtype": "float32" if quick else "bfloat16",
     }
     setting = Setting(
         {"model": str(model), "skip_tokenizer_init": True, "enable_prefix_caching": True, **size, **turboquant}
@@ -51,10 +55,11 @@ def soak(model: Path, seconds: float, quick: bool) -> dict[str, Any]:
     for number in range(PROBES):
         traffic.expected.append(_alone(engine, number))
     started = time.monotonic()
-    while time.monotonic() - started < seconds or traffic.open:
+    while time.monotonic() - started < seconds or (traffic.open and engine.has_unfinished_requests()):
         if time.monotonic() - started < seconds:
             _arrivals(engine, traffic, limit)
-        for output in engine.step():
+        # An engine with nothing to do waits for ever.
+        for output in engine.step() if engine.has_unfinished_requests() else ():
             _receive(traffic, output)
     lost = traffic.counts["sent"] - traffic.counts["done"] - traffic.counts["cancelled"]
     passed = not traffic.wrong and lost == 0 and traffic.counts["probes"] > 0
@@ -124,4 +129,6 @@ def _compare(traffic: Traffic, name: str, answer: Any) -> None:
         step = expected.logprobs[index]
         if token not in step or step[wanted].logprob - step[token].logprob > TIE:
             traffic.wrong.append(f"{name}: token {index} is {token}, alone it was {wanted}")
+        else:
+            traffic.counts["ties"] += 1
         return

