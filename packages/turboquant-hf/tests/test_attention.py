@@ -101,6 +101,14 @@ def test_arguments(step: StepPast, arguments: dict[str, Any], path: str) -> None
     assert step.counters.path == path
 
 
+@pytest.mark.parametrize("argument", [{"softcap": 0.5}, {"s_aux": torch.full((4,), 3.0)}], ids=["softcap", "s_aux"])
+def test_what_sdpa_ignores_is_ignored(step: StepPast, argument: dict[str, Any]) -> None:
+    """Gemma 2 passes its soft cap to sdpa too in older releases: the prompt and what follows must be one model."""
+    query = queries(1)
+    torch.testing.assert_close(attend(step, query, **argument), expected(step, query), rtol=1e-5, atol=1e-5)
+    assert step.counters.path == "fused"
+
+
 def test_a_position_bias_reaches_the_models_own_attention(step: StepPast) -> None:
     query = queries(1)
     bias = torch.randn(1, 4, 1, LENGTH, generator=torch.Generator().manual_seed(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ _HARMLESS = {
 _UNDERSTOOD = {"dropout", "is_causal", "s_aux", "sliding_window", "softcap"}
 _OFFSET_MATTERS = {"s_aux", "softcap"}
 _KNOWN = _HARMLESS | _UNDERSTOOD
+
+# sdpa drops these (newer releases refuse a soft cap at the prompt); doing otherwise over a packed past would change the model after its prompt.
+_UNKNOWN_TO_SDPA = {"s_aux", "softcap"} - signature(sdpa_attention_forward).parameters.keys()
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -138,12 +142,14 @@ def turboquant_attention(
         key: ``[batch, kv_heads, length, head_dim]``, packed or not.
         value: ``[batch, kv_heads, length, value_head_dim]``, packed or not.
         attention_mask: what the mask function of the same name made.
-        kwargs: ``scaling``, ``dropout``, and what a model adds; an unknown argument decodes and runs ``sdpa``.
+        kwargs: ``scaling``, ``dropout``, and what a model adds; an unknown argument decodes and runs ``sdpa``. A
+            soft cap and sinks, which ``sdpa`` ignores, are ignored.
 
     Returns:
         ``[batch, q_len, q_heads, value_head_dim]`` and None.
     """
-    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+    known = {name: value for name, value in kwargs.items() if name not in _UNKNOWN_TO_SDPA}
+    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **known)
 
 
 def turboquant_eager_attention(
