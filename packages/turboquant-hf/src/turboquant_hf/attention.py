@@ -36,7 +36,7 @@ _UNDERSTOOD = {"dropout", "is_causal", "s_aux", "sliding_window", "softcap"}
 _OFFSET_MATTERS = {"s_aux", "softcap"}
 _KNOWN = _HARMLESS | _UNDERSTOOD
 
-# sdpa drops these (newer releases refuse a soft cap at the prompt); doing otherwise over a packed past would change the model after its prompt.
+# sdpa drops these, or refuses them at the prompt: doing otherwise over a packed past would be another model.
 _UNKNOWN_TO_SDPA = {"s_aux", "softcap"} - signature(sdpa_attention_forward).parameters.keys()
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
