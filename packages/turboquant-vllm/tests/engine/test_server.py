@@ -108,8 +108,8 @@ def test_the_server(tmp_path: Path) -> None:
         assert all(answer["usage"]["completion_tokens"] == 8 for answer in answers)
         together = [answer["choices"][0]["text"] for answer in answers]
         assert together == [alone[prompt] for prompt in prompts * 10]
+        # Before it is stopped: vLLM logs one of its own when its engine goes first.
+        assert "Traceback" not in server.log.read_text()
     with serving(tmp_path) as server:
         assert server.complete(prompts[0])["choices"][0]["text"] == alone[prompts[0]]
-    log = server.log.read_text()
-    assert log.count("FUSED_TURBOQUANT: 4 of 4 layers") == 2
-    assert "Traceback" not in log
+    assert server.log.read_text().count("FUSED_TURBOQUANT: 4 of 4 layers") == 2
