@@ -51,7 +51,7 @@ class Run:
 class Engines:
     """Starts one engine after the other in a process that has vLLM loaded."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, **environment: str) -> None:
         runner = str(Path(__file__).parent / "runner.py")
         self._log = log.open("w", buffering=1)
         self._process = subprocess.Popen(
@@ -60,7 +60,7 @@ class Engines:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | environment,
         )
         self.log = log
 

@@ -211,3 +211,18 @@ def test_sizes_without_a_rotation_are_refused(engines: Engines, tmp_path: Path) 
         tmp_path / "odd", architectures=["LlamaForCausalLM"], model_type="llama", num_key_value_heads=2, head_dim=36
     )
     assert "head_size not supported" in engines.refusal({}, model=model, **RANDOM)
+
+
+@pytest.mark.slow
+def test_native_cache_types_are_taken_over_on_request(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 2, "head_dim": 32}
+    model = write_config(tmp_path / "llama", **config, num_hidden_layers=8)
+    taking = Engines(tmp_path / "log", TURBOQUANT_OVERRIDE_NATIVE="1")
+    full = taking([IDS], model=model, **RANDOM)
+    packed = taking([IDS], model=model, kv_cache_dtype="turboquant_4bit_nc", **RANDOM)
+    refusal = taking.refusal(model=model, kv_cache_dtype="turboquant_k8v4", **RANDOM)
+    taking.close()
+    # vLLM leaves the first and last two layers uncompressed: 4 layers of 36 bytes and 4 of 256.
+    assert packed.blocks / full.blocks == pytest.approx(8 * 256 / (4 * 36 + 4 * 256), rel=0.01)
+    assert disagreement(full.passes[0], packed.passes[0]) < 0.05
+    assert "cache type turboquant_k8v4 has no counterpart in packed pages" in refusal
