@@ -77,11 +77,12 @@ def main() -> None:
         warnings.simplefilter("always")
         with tqdm(total=steps, desc="comparing caches", unit="step", ncols=WIDTH) as progress:
             results = compare(model, tokenizer, sample, progress.update)
+        memory = memory_by_context(model, sample.prompt)
     print_texts(results, tokenizer.decode(sample.prompt[0, -24:]))
     print_table(results)
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print("\n" + textwrap.fill(f"Warning: {message}", WIDTH))
-    picture = plot_memory(memory_by_context(model, sample.prompt), arguments.output / "memory.png")
+    picture = plot_memory(memory, arguments.output / "memory.png")
     print(f"\nMemory against context: {picture}")
 
 

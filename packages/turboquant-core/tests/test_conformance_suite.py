@@ -51,6 +51,22 @@ def test_must_run_fails_instead_of_skipping() -> None:
         ProviderConformance().test_attend_sinks(Refuses())
 
 
+def test_bits_that_the_class_does_not_name_are_not_promised() -> None:
+    class FourBitsOnly(ReferenceProvider):
+        def unsupported_reason(self, request: Any) -> str | None:
+            return None if request.layout.key.bits == 4 else "keys of other widths"
+
+    class Suite(ProviderConformance):
+        bits = ((4, 4), (4, 3))
+        must_run = True
+
+    Suite().test_golden_bytes(FourBitsOnly(), 64, 4, "int8")
+    with pytest.raises(pytest.skip.Exception, match="other widths"):
+        Suite().test_golden_bytes(FourBitsOnly(), 64, 2, "int8")
+    with pytest.raises(pytest.fail.Exception, match="other widths"):
+        Suite().test_golden_bytes(FourBitsOnly(), 64, 3, "int8")
+
+
 class IgnoresWindow(ReferenceProvider):
     def attend(self, *args: Any, window: int | None = None, **kwargs: Any) -> Attended:
         return super().attend(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,10 @@ from turboquant_core import (
     Packed,
     PageLayout,
     ReferenceProvider,
+    TurboQuantKVCache,
     VectorLayout,
+    pack_codes,
+    unpack_codes,
 )
 
 LAYOUT = PageLayout(VectorLayout(64, 4, "int8"), VectorLayout(64, 4, "cubic"), page_size=16, kv_heads=2)
@@ -40,6 +44,10 @@ def pages() -> torch.Tensor:
         ({"head_dim": 64, "bits": 5, "form": "int8"}, "bits is 5"),
         ({"head_dim": 64, "bits": 4.25, "form": "int8"}, "bits is 4.25"),
         ({"head_dim": 64, "bits": 4, "form": "linear"}, "'linear'"),
+        ({"head_dim": 64.0, "bits": 4, "form": "int8"}, "head_dim is 64.0; it must be an integer"),
+        ({"head_dim": "64", "bits": 4, "form": "int8"}, "head_dim is '64'"),
+        ({"head_dim": 64, "bits": "4", "form": "int8"}, "bits is '4'"),
+        ({"head_dim": 64, "bits": True, "form": "int8"}, "bits is True"),
     ],
 )
 def test_layouts(arguments: dict[str, Any], message: str) -> None:
@@ -154,6 +162,10 @@ def test_another_layout_version_is_refused() -> None:
     assert reason == "layout version 2, this provider implements 1"
     with pytest.raises(LayoutError, match="version 2"):
         PageLayout(replace(LAYOUT.key, version=2), LAYOUT.value, page_size=16, kv_heads=2)
+    row = torch.zeros(1, 64, dtype=torch.uint8)
+    for use in (Codec.create, lambda layout: pack_codes(row, layout), lambda layout: unpack_codes(row[:, :32], layout)):
+        with pytest.raises(LayoutError, match="layout version is 2; this release reads and writes 1"):
+            use(newer.key)
 
 
 @pytest.mark.parametrize("option", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}])
@@ -162,3 +174,78 @@ def test_centred_keys_refuse_what_sees_the_shift(pages: torch.Tensor, option: di
     table, lengths = torch.tensor([[0]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     with pytest.raises(ValueError, match=next(iter(option))):
         PROVIDER.attend(torch.zeros(1, 4, 64), pages, table, lengths, codec, scaling=0.1, **option)
+
+
+@pytest.mark.parametrize("bits", [(4,), (4, 3, 2), "44", [4, "3"]])
+def test_bits_of_a_cache(bits: Any) -> None:
+    with pytest.raises(LayoutError, match="bits is"):
+        TurboQuantKVCache(1, 2, 64, bits)
+
+
+def test_numbers_of_numpy_and_lists_are_taken() -> None:
+    cache = TurboQuantKVCache(1, 2, 64, [np.int64(4), np.float64(2.5)])
+    assert (cache.layout.key.bits, cache.layout.value.bits) == (4, 2.5)
+
+
+@pytest.mark.parametrize("q_len", [0, 1])
+def test_a_step_without_queries_has_no_output(q_len: int) -> None:
+    cache = TurboQuantKVCache(1, 2, 64, 4)
+    cache.append(torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64))
+    assert cache.attend(torch.randn(1, 4, q_len, 64)).out.shape == (1, 4, q_len, 64)
+
+
+@pytest.mark.parametrize("name", ["query", "pages", "block_table", "seq_lens", "query_start_loc", "seq_starts", "out"])
+def test_attend_names_what_is_on_another_device(pages: torch.Tensor, name: str) -> None:
+    arguments: dict[str, Any] = {
+        "query": torch.zeros(1, 4, 64),
+        "pages": pages,
+        "block_table": torch.tensor([[0]]),
+        "seq_lens": torch.tensor([1]),
+        "query_start_loc": torch.tensor([0, 1]),
+        "seq_starts": torch.tensor([0]),
+        "out": torch.zeros(1, 4, 64),
+    }
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta"):
+        PROVIDER.attend(**arguments, codec=CacheCodec.create(LAYOUT), scaling=0.1)
+
+
+@pytest.mark.parametrize("name", ["key", "value", "pages", "slot_mapping"])
+def test_store_names_what_is_on_another_device(pages: torch.Tensor, name: str) -> None:
+    arguments = {"key": vectors(1), "value": vectors(1), "pages": pages, "slot_mapping": torch.tensor([3])}
+    before = pages.clone()
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta"):
+        PROVIDER.store(**arguments, codec=CacheCodec.create(LAYOUT))
+    assert torch.equal(pages, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.ones(1, 4, 64, dtype=torch.int32)}, "query is torch.int32; it must be a floating-point"),
+        ({"query": torch.ones(1, 0, 64)}, r"q_heads \(a multiple of 2\)"),
+        ({"block_table": torch.tensor([[4]])}, "block_table names pages 4 to 4 .* 0 to 3"),
+        ({"block_table": torch.tensor([[-1]])}, "block_table names pages -1 to -1"),
+        ({"block_table": torch.tensor([[0.0]])}, "block_table is torch.float32; it must hold integers"),
+        ({"seq_lens": torch.tensor([True])}, "seq_lens is torch.bool"),
+        ({"seq_lens": torch.tensor([-3])}, "a sequence has -3 tokens"),
+        ({"seq_starts": torch.tensor([0, 0])}, r"seq_starts has shape \(2,\); it must be \[batch = 1\]"),
+    ],
+)
+def test_what_attend_reads_is_checked(pages: torch.Tensor, changes: dict[str, Any], message: str) -> None:
+    arguments = {"query": torch.zeros(1, 4, 64), "block_table": torch.tensor([[0]]), "seq_lens": torch.tensor([1])}
+    with pytest.raises(ValueError, match=message):
+        PROVIDER.attend(pages=pages, codec=CacheCodec.create(LAYOUT), scaling=0.1, **(arguments | changes))
+
+
+@pytest.mark.parametrize("slots", [torch.tensor([True]), torch.tensor(3), torch.tensor([0.0])])
+def test_slots_of_another_kind(pages: torch.Tensor, slots: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="slot_mapping"):
+        PROVIDER.store(vectors(1), vectors(1), pages, slots, CacheCodec.create(LAYOUT))
+
+
+def test_gather_wants_a_table_of_pages_that_exist(pages: torch.Tensor) -> None:
+    for table in (torch.tensor([0]), torch.tensor([[9]])):
+        with pytest.raises(ValueError, match="block_table"):
+            PROVIDER.gather(pages, table, CacheCodec.create(LAYOUT), start=0, stop=3, dtype=torch.float32)

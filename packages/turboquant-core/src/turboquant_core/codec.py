@@ -10,7 +10,7 @@ from torch import Tensor
 from .codebook import format_codebook
 from .errors import LayoutError
 from .halves import by_part, joined
-from .layout import PageLayout, RawLayout, VectorLayout
+from .layout import PageLayout, RawLayout, VectorLayout, check_version
 from .rotation import rotation_signs
 from .scale import ScaleRule, check_scale_rule
 
@@ -63,9 +63,10 @@ class Codec:
             device: where the tensors live.
 
         Raises:
-            LayoutError: no Hadamard matrix of order ``head_dim`` is known.
+            LayoutError: no Hadamard matrix of order ``head_dim`` is known, or ``layout`` is of another version.
             ValueError: unknown scale rule, or ``center`` has another shape or is not finite.
         """
+        check_version(layout.version)
         check_scale_rule(scale_rule)
         check_center_shape(center, layout.head_dim)
         tables = [format_codebook(layout.form, part.width).tensors(device) for part in layout.parts]

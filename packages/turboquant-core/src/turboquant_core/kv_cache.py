@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .codec import CacheCodec
-from .layout import PageLayout, VectorLayout
+from .layout import PageLayout, VectorLayout, bits_pair
 from .packed_sequences import MemoryFigures, PackedSequences
 from .provider import Attended, Gathered, KernelRequest
 from .selection import select_provider
@@ -50,7 +50,7 @@ class TurboQuantKVCache:
         sink_tokens: int = 0,
         recent_tokens: int = 0,
     ) -> None:
-        key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
+        key_bits, value_bits = bits_pair(bits)
         layout = PageLayout(
             key=VectorLayout(head_dim, key_bits, "int8"),
             value=VectorLayout(head_dim, value_bits, "cubic"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, Protocol, TypeAlias, get_args
 
 from .errors import LayoutError
@@ -35,11 +37,24 @@ class RowLayout(Protocol):
         """Coordinates of a vector."""
 
 
-def _check_head_dim(head_dim: int) -> None:
+def _check_head_dim(head_dim: object) -> int:
+    if isinstance(head_dim, bool) or not isinstance(head_dim, Integral):
+        raise LayoutError(f"head_dim is {head_dim!r}; it must be an integer")
+    head_dim = int(head_dim)
     if head_dim % HEAD_DIM_MULTIPLE or not HEAD_DIM_MULTIPLE <= head_dim <= MAX_HEAD_DIM:
         raise LayoutError(
             f"head_dim is {head_dim}; the layout packs multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}: "
             "keep layers of other sizes uncompressed"
+        )
+    return head_dim
+
+
+def check_version(version: object) -> None:
+    """Raise ``LayoutError`` for bytes that follow another layout version than this release reads and writes."""
+    if version != LAYOUT_VERSION:
+        raise LayoutError(
+            f"layout version is {version!r}; this release reads and writes {LAYOUT_VERSION}: use the release that "
+            "wrote the bytes, or encode the vectors again"
         )
 
 
@@ -49,9 +64,21 @@ def check_bits(bits: object) -> float:
     Raises:
         LayoutError: ``bits`` is not one of :data:`BITS`.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in BITS:
+    if isinstance(bits, bool) or not isinstance(bits, Real) or bits not in BITS:
         raise LayoutError(f"bits is {bits!r}; the packed layout has {BITS}: choose one of them")
-    return int(bits) if int(bits) == bits else float(bits)
+    return int(float(bits)) if float(bits).is_integer() else float(bits)
+
+
+def bits_pair(bits: object) -> tuple[float, float]:
+    """``bits`` of keys and of values, from one number for both or a pair; see :func:`check_bits`.
+
+    Raises:
+        LayoutError: neither a number nor two, or one outside :data:`BITS`.
+    """
+    pair = bits if isinstance(bits, Sequence) and not isinstance(bits, str) else (bits, bits)
+    if len(pair) != 2:
+        raise LayoutError(f"bits is {bits!r}; give one number for keys and values, or a pair (keys, values)")
+    return check_bits(pair[0]), check_bits(pair[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +102,7 @@ class VectorLayout:
     version: int = LAYOUT_VERSION
 
     def __post_init__(self) -> None:
-        _check_head_dim(self.head_dim)
+        object.__setattr__(self, "head_dim", _check_head_dim(self.head_dim))
         object.__setattr__(self, "bits", check_bits(self.bits))
         if self.is_mixed and self.head_dim % (2 * HEAD_DIM_MULTIPLE):
             raise LayoutError(
@@ -148,7 +175,7 @@ class RawLayout:
     version: int = LAYOUT_VERSION
 
     def __post_init__(self) -> None:
-        _check_head_dim(self.head_dim)
+        object.__setattr__(self, "head_dim", _check_head_dim(self.head_dim))
         if self.itemsize not in (2, 4):
             raise LayoutError(f"itemsize is {self.itemsize}; raw vectors have 2 or 4 bytes a coordinate")
 

@@ -134,7 +134,7 @@ class PackedPast:
     def _attend(self, query: Tensor, block_table: Tensor, seq_lens: Tensor, **options: Any) -> Attended:
         batch, q_heads, q_len, _ = query.shape
         flat, lse = self.provider.attend(token_major(query), self.pages, block_table, seq_lens, self.codec, **options)
-        out = flat.view(batch, q_len, q_heads, -1).transpose(1, 2)
+        out = flat.view(batch, q_len, q_heads, self.codec.layout.value.head_dim).transpose(1, 2)
         return Attended(out, lse.view(batch, q_len, q_heads).transpose(1, 2))
 
     def check_query(self, query: Tensor, length: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .halves import by_part, joined
-from .layout import VectorLayout
+from .layout import VectorLayout, check_version
 
 _SIGN_SHIFTS = (7, 15, 23, 31, 3, 11, 19, 27)
 """Bit of coordinate ``j``'s sign in a 32-bit word of the 4-bit int8 form.
@@ -80,8 +80,10 @@ def pack_codes(codes: Tensor, layout: VectorLayout) -> Tensor:
         uint8 ``[..., code_bytes]``.
 
     Raises:
+        LayoutError: another layout version.
         ValueError: wrong dtype, last dimension or code range.
     """
+    check_version(layout.version)
     _check_row(codes, layout.head_dim, "codes", "head_dim")
     for part, own in zip(layout.parts, by_part(codes, layout), strict=True):
         if own.numel() and int(own.max()) >= 1 << part.width:
@@ -106,8 +108,10 @@ def unpack_codes(row: Tensor, layout: VectorLayout) -> Tensor:
     """Inverse of :func:`pack_codes`: uint8 ``[..., code_bytes]`` to uint8 ``[..., head_dim]``.
 
     Raises:
+        LayoutError: another layout version.
         ValueError: wrong dtype or last dimension.
     """
+    check_version(layout.version)
     _check_row(row, layout.code_bytes, "packed rows", "code_bytes")
     rows = row.split([part.code_bytes for part in layout.parts], dim=-1)
     return joined([_unpack(own, part) for part, own in zip(layout.parts, rows, strict=True)])

@@ -52,16 +52,13 @@ def check_gather(
 
 def check_codes(packed: Packed, codec: Codec) -> None:
     """Raise ``ValueError`` unless codes and scales are ``codec``'s and lie on its device."""
-    check_packed(packed)
+    check_packed(packed, codec)
     check_packable(codec.layout)
     if packed.codes.dtype != torch.uint8 or packed.codes.shape[-1] != codec.layout.code_bytes:
         raise ValueError(
             f"codes are {packed.codes.dtype} {tuple(packed.codes.shape)}; the layout needs torch.uint8 "
             f"[..., code_bytes = {codec.layout.code_bytes}]"
         )
-    for name, tensor in (("codes", packed.codes), ("scales", packed.scales)):
-        if tensor.device != codec.device:
-            raise ValueError(f"{name} are on {tensor.device}, the codec on {codec.device}: move one with .to()")
 
 
 def _check_layout(layout: PageLayout) -> None:

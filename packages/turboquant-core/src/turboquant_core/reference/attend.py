@@ -12,6 +12,7 @@ from ..codec import CacheCodec, check_center
 from ..dense import attend_dense
 from ..provider import Attended
 from ..rotation import rotate, unrotate
+from .arguments import check_device, check_integers
 from .pages import check_pages, gather
 
 
@@ -37,7 +38,10 @@ def attend(
     out: Tensor | None,
 ) -> Attended:
     """Reference of :meth:`KernelProvider.attend`."""
-    _check(query, pages, block_table, seq_lens, codec, options)
+    _check_query(query, codec)
+    _check_pages(query, pages, block_table, seq_lens, codec)
+    _check_options(query, codec, options)
+    _check_rows(query, query_start_loc, seq_starts, seq_lens.shape[0])
     bounds = _query_bounds(query, seq_lens, query_start_loc)
     starts = [0] * len(bounds) if seq_starts is None else seq_starts.tolist()
     shape = (query.shape[0], query.shape[1], codec.layout.value.head_dim)
@@ -105,27 +109,30 @@ def _query_bounds(query: Tensor, seq_lens: Tensor, query_start_loc: Tensor | Non
 def _checked_out(out: Tensor | None, query: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if out is None:
         return query.new_empty(shape)
+    check_device(query.device, "query", out=out)
     if tuple(out.shape) != shape or out.dtype != query.dtype:
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; it must be {query.dtype} {shape}")
     return out
 
 
-def _check(
-    query: Tensor,
-    pages: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    codec: CacheCodec,
-    options: ScoreOptions,
-) -> None:
+def _check_query(query: Tensor, codec: CacheCodec) -> None:
     layout = codec.layout
-    check_pages(pages, layout)
-    check_center(codec, options.softcap, options.sinks)
-    if query.dim() != 3 or query.shape[2] != layout.key.head_dim or query.shape[1] % layout.kv_heads:
+    if not query.is_floating_point():
+        raise ValueError(f"query is {query.dtype}; it must be a floating-point tensor")
+    fits = query.dim() == 3 and query.shape[2] == layout.key.head_dim
+    if not fits or query.shape[1] % layout.kv_heads or query.shape[1] == 0:
         raise ValueError(
             f"query has shape {tuple(query.shape)}; it must be [tokens, q_heads (a multiple of {layout.kv_heads}), "
             f"head_dim = {layout.key.head_dim}]"
         )
+    check_device(codec.key.device, "the codec", query=query)
+
+
+def _check_pages(query: Tensor, pages: Tensor, block_table: Tensor, seq_lens: Tensor, codec: CacheCodec) -> None:
+    layout = codec.layout
+    check_device(query.device, "query", pages=pages, block_table=block_table, seq_lens=seq_lens)
+    check_pages(pages, layout)
+    check_integers(block_table=block_table, seq_lens=seq_lens)
     if seq_lens.dim() != 1 or seq_lens.shape[0] == 0:
         raise ValueError(f"seq_lens has shape {tuple(seq_lens.shape)}; it must be [batch] with batch at least 1")
     if block_table.dim() != 2 or block_table.shape[0] != seq_lens.shape[0]:
@@ -137,6 +144,20 @@ def _check(
             f"a sequence has {int(seq_lens.max())} tokens; the block table holds "
             f"{block_table.shape[1]} pages of {layout.page_size}"
         )
+    if int(seq_lens.min()) < 0:
+        raise ValueError(f"a sequence has {int(seq_lens.min())} tokens; lengths start at 0")
+
+
+def _check_rows(query: Tensor, query_start_loc: Tensor | None, seq_starts: Tensor | None, batch: int) -> None:
+    check_device(query.device, "query", query_start_loc=query_start_loc, seq_starts=seq_starts)
+    check_integers(query_start_loc=query_start_loc, seq_starts=seq_starts)
+    if seq_starts is not None and tuple(seq_starts.shape) != (batch,):
+        raise ValueError(f"seq_starts has shape {tuple(seq_starts.shape)}; it must be [batch = {batch}]")
+
+
+def _check_options(query: Tensor, codec: CacheCodec, options: ScoreOptions) -> None:
+    check_center(codec, options.softcap, options.sinks)
+    check_device(query.device, "query", sinks=options.sinks)
     if options.window is not None and options.window < 1:
         raise ValueError(f"window is {options.window}; it must be at least 1 or None")
     if options.softcap is not None and options.softcap <= 0:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..codec import CacheCodec, Codec
 from ..layout import PageLayout
 from ..provider import Gathered, Packed
+from .arguments import check_device, check_integers, check_pages_used
 from .vectors import decode, decode_rotated, encode
 
 
@@ -43,12 +44,14 @@ def check_pages(pages: Tensor, layout: PageLayout) -> None:
 def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec: CacheCodec) -> None:
     """Reference of :meth:`KernelProvider.store`."""
     layout = codec.layout
+    check_device(codec.key.device, "the codec", key=key, value=value, pages=pages, slot_mapping=slot_mapping)
+    check_pages(pages, layout)
     _check_store(key, value, pages, slot_mapping, layout)
     keep = slot_mapping >= 0
     slots = slot_mapping[keep].long()
     page, offset = slots // layout.page_size, slots % layout.page_size
     key_fields, value_fields = field_views(pages, layout)
-    packed_key = encode(key[keep], codec.key)
+    packed_key = encode(key[keep], codec.key, "key")
     packed_value = _encode_value(value[keep], codec)
     key_fields.codes[page, :, offset] = packed_key.codes
     key_fields.scales[page, :, offset] = packed_key.scales
@@ -59,13 +62,16 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
 
 def _encode_value(value: Tensor, codec: CacheCodec) -> Packed:
     if codec.value is not None:
-        return encode(value, codec.value)
+        return encode(value, codec.value, "value")
     if value.element_size() * value.shape[-1] != codec.layout.value.code_bytes:
         raise ValueError(f"value is {value.dtype}; the raw layout stores {codec.layout.value}")
     return Packed(value.contiguous().view(torch.uint8), torch.empty(0, dtype=torch.float16, device=value.device))
 
 
 def _check_store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: PageLayout) -> None:
+    check_integers(slot_mapping=slots)
+    if slots.dim() != 1:
+        raise ValueError(f"slot_mapping has shape {tuple(slots.shape)}; it must be [tokens]")
     tokens = slots.shape[0]
     for name, tensor, head_dim in (("key", key, layout.key.head_dim), ("value", value, layout.value.head_dim)):
         if tuple(tensor.shape) != (tokens, layout.kv_heads, head_dim):
@@ -73,8 +79,6 @@ def _check_store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layou
                 f"{name} has shape {tuple(tensor.shape)}; slot_mapping and layout need "
                 f"{(tokens, layout.kv_heads, head_dim)}"
             )
-    if slots.dim() != 1 or slots.is_floating_point():
-        raise ValueError(f"slot_mapping is {slots.dtype} {tuple(slots.shape)}; it must be an integer vector")
     limit = pages.shape[0] * layout.page_size
     if tokens and not (int(slots.min()) >= -1 and int(slots.max()) < limit):
         raise ValueError(
@@ -95,11 +99,17 @@ def gather(
     raw_dtype: torch.dtype | None = None,
 ) -> Gathered:
     """Reference of :meth:`KernelProvider.gather`; raw values were stored as ``raw_dtype`` (None: as ``dtype``)."""
+    check_device(codec.key.device, "the codec", pages=pages, block_table=block_table)
+    check_pages(pages, codec.layout)
+    check_integers(block_table=block_table)
+    if block_table.dim() != 2:
+        raise ValueError(f"block_table has shape {tuple(block_table.shape)}; it must be [batch, max_pages]")
     limit = block_table.shape[1] * codec.layout.page_size
     if not 0 <= start <= stop <= limit:
         raise ValueError(f"token range {start}..{stop} does not lie in the 0..{limit} tokens of the block table")
     positions = torch.arange(start, stop, device=pages.device)
     page = block_table[:, positions // codec.layout.page_size].long()
+    check_pages_used(page, pages.shape[0])
     key_fields, value_fields = field_views(pages, codec.layout)
     offset = (positions % codec.layout.page_size).expand_as(page)
     keys = Packed(key_fields.codes[page, :, offset], key_fields.scales[page, :, offset])

@@ -13,14 +13,16 @@ from ..packing import pack_checked_codes, unpack_codes
 from ..provider import Packed
 from ..rotated import rotate_vectors
 from ..rotation import rotate, unrotate
+from .arguments import check_device
 
 
-def encode(x: Tensor, codec: Codec) -> Packed:
+def encode(x: Tensor, codec: Codec, name: str = "x") -> Packed:
     """Centre, rotate, quantize, pack.
 
     Args:
         x: float ``[..., head_dim]``; ``[..., kv_heads, head_dim]`` when the codec has a centre.
         codec: how.
+        name: of ``x`` in errors.
 
     Returns:
         Packed rows. A vector with a NaN or infinite coordinate gets codes 0 and scale NaN, a zero vector scale 0;
@@ -29,7 +31,8 @@ def encode(x: Tensor, codec: Codec) -> Packed:
     Raises:
         ValueError: wrong dtype or shape, or ``x`` is on another device than the codec.
     """
-    check_vectors(x, codec, "x")
+    check_vectors(x, codec, name)
+    _check_rows_of_center(x, codec, name)
     vectors = rotate_vectors(x, codec.signs, codec.center)
     codes = codec.nearest_codes(vectors.unit_variance())
     scale = vectors.stored_scale(codec.levels_of(codes), codec.scale_rule)
@@ -49,7 +52,7 @@ def decode(packed: Packed, codec: Codec, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: codes or scales have the wrong dtype or shape.
     """
-    check_packed(packed)
+    check_packed(packed, codec)
     x = unrotate(decode_rotated(packed, codec), codec.signs)
     return (x if codec.center is None else x + codec.center).to(dtype)
 
@@ -61,7 +64,7 @@ def scores(query: Tensor, packed: Packed, codec: Codec, scaling: float) -> Tenso
         ValueError: wrong dtype or shape.
     """
     check_vectors(query, codec, "query")
-    check_packed(packed)
+    check_packed(packed, codec)
     rotated = rotate(query.to(torch.float32), codec.signs)
     return scaling * (rotated @ decode_rotated(packed, codec).transpose(-1, -2))
 
@@ -89,17 +92,20 @@ def check_vectors(x: Tensor, codec: VectorCodec, name: str) -> None:
         raise ValueError(f"{name} is {x.dtype}; it must be a floating-point tensor")
     if x.dim() == 0 or x.shape[-1] != head_dim:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; the last dimension must be head_dim = {head_dim}")
-    if x.device != codec.device:
-        raise ValueError(f"{name} is on {x.device}, the codec on {codec.device}: move one with .to()")
-    if name == "x" and codec.center is not None and (x.dim() < 2 or x.shape[-2] != codec.center.shape[0]):
+    check_device(codec.device, "the codec", **{name: x})
+
+
+def _check_rows_of_center(x: Tensor, codec: Codec, name: str) -> None:
+    if codec.center is not None and (x.dim() < 2 or x.shape[-2] != codec.center.shape[0]):
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; with a centre it must be [..., kv_heads = {codec.center.shape[0]}, "
-            f"head_dim = {head_dim}]"
+            f"{name} has shape {tuple(x.shape)}; with a centre it must be [..., kv_heads = {codec.center.shape[0]}, "
+            f"head_dim = {codec.layout.head_dim}]"
         )
 
 
-def check_packed(packed: Packed) -> None:
-    """Raise ``ValueError`` unless scales are fp16 of the codes' leading shape."""
+def check_packed(packed: Packed, codec: Codec) -> None:
+    """Raise ``ValueError`` unless scales are fp16 of the codes' leading shape, both on the codec's device."""
+    check_device(codec.device, "the codec", codes=packed.codes, scales=packed.scales)
     if packed.scales.dtype != torch.float16 or packed.scales.shape != packed.codes.shape[:-1]:
         raise ValueError(
             f"scales are {packed.scales.dtype} {tuple(packed.scales.shape)}; codes of shape "
