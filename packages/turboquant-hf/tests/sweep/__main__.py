@@ -9,7 +9,9 @@ from collections import Counter
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .expectations import differences, expected_rows, write_rows
+from .expectations import MULTIMODAL, differences, expected_rows, write_rows
+from .fronted_row import sweep_fronted
+from .multimodal import FRONTED
 from .page import write_page
 from .workers import sweep
 
@@ -28,6 +30,8 @@ def main() -> int:
     print(f"{dict(states)} in {time.perf_counter() - start:.0f} s")
     if arguments.write:
         write_rows(found, replace_all=not arguments.model_types)
+        if not arguments.model_types:
+            write_rows({name: sweep_fronted(name) for name in FRONTED}, replace_all=True, folder=MULTIMODAL)
         write_page()
         return 0
     problems = differences(expected_rows(), found)

@@ -10,36 +10,31 @@ import transformers
 
 from .row import Row
 
-MULTIMODAL = "multimodal.json"
 FOLDER = Path(__file__).parent / "expected"
+MULTIMODAL = Path(__file__).parent / "expected_multimodal"
 COMPARED = tuple(field.name for field in fields(Row) if field.name not in ("reasons", "refused"))
 """Messages of errors differ between releases of Python and torch; whether there is one does not."""
-
-
-def multimodal_rows() -> dict[str, Row]:
-    """Models with an image or an encoder; the same for every release."""
-    return read_rows(FOLDER.parent / MULTIMODAL)
-
-
-def write_multimodal(found: dict[str, Row]) -> None:
-    """Make ``found`` the expectation."""
-    _write(FOLDER.parent / MULTIMODAL, found)
 
 
 def _key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
-def expectation_file() -> Path:
+def _files(folder: Path) -> list[Path]:
+    """From the oldest release to the newest."""
+    return sorted(folder.glob("*.json"), key=lambda path: _key(path.stem))
+
+
+def _installed(folder: Path) -> Path:
     """The file of the newest release that is not newer than the one installed."""
-    files = sorted(FOLDER.glob("*.json"), key=lambda path: _key(path.stem))
+    files = _files(folder)
     older = [path for path in files if _key(path.stem) <= _key(transformers.__version__)]
     return older[-1] if older else files[0]
 
 
-def newest_file() -> Path:
+def newest_file(folder: Path = FOLDER) -> Path:
     """The file of the newest release, which the documentation shows."""
-    return max(FOLDER.glob("*.json"), key=lambda path: _key(path.stem))
+    return _files(folder)[-1]
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -47,16 +42,16 @@ def read_rows(path: Path) -> dict[str, Row]:
     return {name: Row(name, **record) for name, record in json.loads(path.read_text()).items()}
 
 
-def expected_rows() -> dict[str, Row]:
+def expected_rows(folder: Path = FOLDER) -> dict[str, Row]:
     """What the installed release is expected to give."""
-    return read_rows(expectation_file())
+    return read_rows(_installed(folder))
 
 
-def write_rows(found: dict[str, Row], *, replace_all: bool) -> None:
+def write_rows(found: dict[str, Row], *, replace_all: bool, folder: Path = FOLDER) -> None:
     """Make ``found`` the expectation of the installed release; other rows stay unless ``replace_all``."""
-    path = FOLDER / f"{transformers.__version__}.json"
+    path = folder / f"{transformers.__version__}.json"
     kept = {} if replace_all or not path.exists() else read_rows(path)
-    FOLDER.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     _write(path, {**kept, **found})
 
 

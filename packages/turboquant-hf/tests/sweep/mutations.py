@@ -22,12 +22,14 @@ class Mutation(NamedTuple):
         model_type: a family that depends on them.
         mode: of the sweep.
         options: of the cache.
+        attention: implementation of the model; None for its own.
     """
 
     change: Callable[[Arguments, int], Arguments]
     model_type: str
     mode: str
     options: Arguments | None = None
+    attention: str | None = None
 
 
 def _late_by_one(arguments: Arguments, q_len: int) -> Arguments:
@@ -44,7 +46,9 @@ def _wider(arguments: Arguments, q_len: int) -> Arguments:
 MUTATIONS = {
     "mask dropped": Mutation(lambda arguments, _: {**arguments, "seq_starts": None}, "llama", "padded"),
     "sinks dropped": Mutation(lambda arguments, _: {**arguments, "sinks": None}, "gpt_oss", "greedy"),
-    "soft cap dropped": Mutation(lambda arguments, _: {**arguments, "softcap": None}, "gemma2", "greedy"),
+    "soft cap dropped": Mutation(
+        lambda arguments, _: {**arguments, "softcap": None}, "gemma2", "greedy", None, "eager"
+    ),
     "own scaling": Mutation(lambda arguments, _: {**arguments, "scaling": 128**-0.5}, "granite", "greedy"),
     "causal order off by one": Mutation(_late_by_one, "llama", "chunked"),
     "window too wide": Mutation(_wider, "gemma3_text", "greedy", {"compress_sliding": True}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from .expectations import multimodal_rows, newest_file, read_rows
+from .expectations import MULTIMODAL, newest_file, read_rows
 from .rivals import NOTES, ROWS
 from .row import Row
 
@@ -98,7 +98,7 @@ def _counts(rows: dict[str, Row]) -> str:
 
 def page() -> str:
     """The page's text."""
-    rows, multimodal = read_rows(newest_file()), multimodal_rows()
+    rows, multimodal = read_rows(newest_file()), read_rows(newest_file(MULTIMODAL))
     parts = [
         INTRODUCTION.format(version=newest_file().stem, counts=_counts(rows)),
         "## Causal language models\n",

@@ -18,6 +18,8 @@ from .shrink import small_model
 def compared(mutation: Mutation, provider_class: type[IdentityProvider]) -> str:
     """Outcome of the mutation's mode over a provider."""
     model = small_model(mutation.model_type).model
+    if mutation.attention is not None:
+        model.set_attn_implementation(mutation.attention)
     run = MODES[mutation.mode]
     stock = run(model, None)
     patch_model(model, verify=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .expectations import FOLDER, differences, multimodal_rows, newest_file, read_rows
+from .expectations import FOLDER, MULTIMODAL, differences, newest_file, read_rows
 from .page import PAGE, page
 from .row import Row
 from .subset import SUBSET
@@ -39,5 +39,5 @@ def test_a_regression_is_named(now: Row, line: str) -> None:
 
 
 def test_every_tested_row_of_the_newest_release_is_accounted_for() -> None:
-    rows = {**read_rows(newest_file()), **multimodal_rows()}
+    rows = {**read_rows(newest_file()), **read_rows(newest_file(MULTIMODAL))}
     assert all(row.refused or row.modes for row in rows.values())

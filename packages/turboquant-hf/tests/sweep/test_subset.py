@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from .expectations import differences, expected_rows, multimodal_rows
+from .expectations import MULTIMODAL, differences, expected_rows
 from .fronted_row import sweep_fronted
 from .multimodal import FRONTED
 from .row import sweep_model
@@ -27,5 +27,5 @@ def test_family_behind_a_tower_or_an_encoder(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row = sweep_fronted(name)
-    assert not differences(multimodal_rows(), {name: row})
+    assert not differences(expected_rows(MULTIMODAL), {name: row})
     assert row.is_equal
