@@ -145,7 +145,7 @@ def typecheck(session: nox.Session) -> None:
 @nox.session(name="tests-core", venv_backend="none", requires=["dev"])
 def tests_core(session: nox.Session) -> None:
     """Unit tests of core, and the conformance suite against the reference."""
-    run_in_dev(session, "-m", "pytest", f"{folder('core')}/tests", *session.posargs)
+    run_in_dev(session, "-m", "pytest", *PARALLEL, f"{folder('core')}/tests", *session.posargs)
 
 
 @nox.session(name="tests-core-minimums", default=False, reuse_venv=False)
@@ -199,7 +199,7 @@ def tests_hf(session: nox.Session, transformers: str) -> None:
         lines = re.sub(r"^transformers==.*$", f"transformers=={floor}", CONSTRAINTS.read_text(), flags=re.MULTILINE)
         constraints.write_text(lines)
     install(session, *editable(*NEEDS["hf"]), *group("test"), *triton(), constraints=constraints)
-    pytest(session, f"{folder('hf')}/tests")
+    pytest(session, *PARALLEL, f"{folder('hf')}/tests")
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
