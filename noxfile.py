@@ -49,9 +49,11 @@ NEEDS = {
     "vllm": ("core", "triton", "vllm"),
 }
 VLLM = ("0.28.0", "0.30.0", "0.32.0")
-# One process a core: each runs long on NumPy or on one thread of torch.
-PARALLEL = ("-n", "auto")
 TEST_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# One process a core, each with one thread: threads of several processes would wait for one another.
+PARALLEL = ("-n", "auto")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+INTERPRETER = {"TRITON_INTERPRET": "1", **ONE_THREAD}
 
 
 def folder(package: str) -> str:
@@ -113,7 +115,7 @@ def run_in_dev(session: nox.Session, *command: str, **environment: str) -> None:
 
 
 def pytest(session: nox.Session, *paths: str) -> None:
-    session.run("python", "-m", "pytest", *paths, *session.posargs, env=TEST_ENVIRONMENT)
+    session.run("python", "-m", "pytest", *paths, *session.posargs, env={**TEST_ENVIRONMENT, **ONE_THREAD})
 
 
 def discard_environment(session: nox.Session) -> None:
@@ -145,7 +147,7 @@ def typecheck(session: nox.Session) -> None:
 @nox.session(name="tests-core", venv_backend="none", requires=["dev"])
 def tests_core(session: nox.Session) -> None:
     """Unit tests of core, and the conformance suite against the reference."""
-    run_in_dev(session, "-m", "pytest", *PARALLEL, f"{folder('core')}/tests", *session.posargs)
+    run_in_dev(session, "-m", "pytest", *PARALLEL, f"{folder('core')}/tests", *session.posargs, **ONE_THREAD)
 
 
 @nox.session(name="tests-core-minimums", default=False, reuse_venv=False)
@@ -166,14 +168,14 @@ def tests_core_minimums(session: nox.Session) -> None:
 def tests_triton(session: nox.Session) -> None:
     """The Triton kernels on a CPU, through Triton's interpreter."""
     tests = f"{folder('triton')}/tests"
-    run_in_dev(session, "-m", "pytest", *PARALLEL, "-m", "not slow", tests, *session.posargs, TRITON_INTERPRET="1")
+    run_in_dev(session, "-m", "pytest", *PARALLEL, "-m", "not slow", tests, *session.posargs, **INTERPRETER)
 
 
 @nox.session(name="tests-triton-slow", venv_backend="none", requires=["dev"], default=False)
 def tests_triton_slow(session: nox.Session) -> None:
     """What tests-triton leaves out: the full products, and compilation for every GPU generation."""
     tests = f"{folder('triton')}/tests"
-    run_in_dev(session, "-m", "pytest", *PARALLEL, "-m", "slow", tests, *session.posargs, TRITON_INTERPRET="1")
+    run_in_dev(session, "-m", "pytest", *PARALLEL, "-m", "slow", tests, *session.posargs, **INTERPRETER)
 
 
 @nox.session(name="tests-triton-minimums", default=False, reuse_venv=False)
@@ -183,7 +185,7 @@ def tests_triton_minimums(session: nox.Session) -> None:
     constraints = Path("constraints-minimums.txt")
     install(session, "-e", core, "-e", folder("triton"), *triton(), "pytest-xdist", constraints=constraints)
     tests = [f"{folder('triton')}/tests/test_{name}.py" for name in ("compile", "conformance")]
-    environment = {**TEST_ENVIRONMENT, "TRITON_INTERPRET": "1"}
+    environment = {**TEST_ENVIRONMENT, **INTERPRETER}
     session.run("python", "-m", "pytest", *PARALLEL, *tests, *session.posargs, env=environment)
     discard_environment(session)
 
