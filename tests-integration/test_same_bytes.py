@@ -71,7 +71,7 @@ def test_the_transformers_cache_stores_the_bytes_of_core(bits: tuple[int, int]) 
     cache = TurboQuantCache(CONFIG, bits, page_size=PAGE_SIZE, provider="reference")
     for part in (slice(0, 20), slice(20, 21), slice(21, 37)):
         cache.update(keys[:, :, part], values[:, :, part], 0)
-    past = cache.layers[0].store.past()
+    past = cache.layers[0].past().packed
 
     codec = codec_for(bits)
     assert past.codec.layout == codec.layout
