@@ -31,7 +31,7 @@ nox.options.sessions = [
     "tests-core",
     "tests-triton",
     "tests-hf(max)",
-    "tests-vllm(0.32.0)",
+    "tests-vllm-units",
     "build",
     "integration",
     "smoke",
@@ -210,6 +210,12 @@ def sweep(session: nox.Session) -> None:
     python = (session.cache_dir.parent / "dev" / "bin" / "python").absolute()
     with session.chdir(folder("hf")):
         session.run(str(python), "-m", "tests.sweep", *session.posargs, env=TEST_ENVIRONMENT, external=True)
+
+
+@nox.session(name="tests-vllm-units", venv_backend="none", requires=["dev"])
+def tests_vllm_units(session: nox.Session) -> None:
+    """What the vLLM plug-in decides before vLLM is there: options, packing, plans, prompts."""
+    run_in_dev(session, "-m", "pytest", "-m", "not slow", f"{folder('vllm')}/tests", *session.posargs, **ONE_THREAD)
 
 
 @nox.session(name="tests-vllm")
