@@ -45,12 +45,11 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
     """Reference of :meth:`KernelProvider.store`."""
     layout = codec.layout
     check_device(codec.key.device, "the codec", key=key, value=value, pages=pages, slot_mapping=slot_mapping)
-    check_pages(pages, layout)
+    key_fields, value_fields = field_views(pages, layout)
     _check_store(key, value, pages, slot_mapping, layout)
     keep = slot_mapping >= 0
     slots = slot_mapping[keep].long()
     page, offset = slots // layout.page_size, slots % layout.page_size
-    key_fields, value_fields = field_views(pages, layout)
     packed_key = encode(key[keep], codec.key, "key")
     packed_value = _encode_value(value[keep], codec)
     key_fields.codes[page, :, offset] = packed_key.codes
@@ -100,7 +99,7 @@ def gather(
 ) -> Gathered:
     """Reference of :meth:`KernelProvider.gather`; raw values were stored as ``raw_dtype`` (None: as ``dtype``)."""
     check_device(codec.key.device, "the codec", pages=pages, block_table=block_table)
-    check_pages(pages, codec.layout)
+    key_fields, value_fields = field_views(pages, codec.layout)
     check_integers(block_table=block_table)
     if block_table.dim() != 2:
         raise ValueError(f"block_table has shape {tuple(block_table.shape)}; it must be [batch, max_pages]")
@@ -110,7 +109,6 @@ def gather(
     positions = torch.arange(start, stop, device=pages.device)
     page = block_table[:, positions // codec.layout.page_size].long()
     check_pages_used(page, pages.shape[0])
-    key_fields, value_fields = field_views(pages, codec.layout)
     offset = (positions % codec.layout.page_size).expand_as(page)
     keys = Packed(key_fields.codes[page, :, offset], key_fields.scales[page, :, offset])
     values = value_fields.codes[page, :, offset]
