@@ -25,7 +25,7 @@ WARPS_PER_MULTIPROCESSOR = {None: (8, 12), 128: (16,), 96: (20,)}
 
 def attend_configs() -> Iterator[AttendConfig]:
     """Tiles, warps, pipeline depth, and as many programs on a multiprocessor as the registers let in."""
-    for block, num_warps, num_stages in product((64, 128), (1, 2, 4), (2, 3, 4)):
+    for block, num_warps, num_stages in product((32, 64, 128), (1, 2, 4), (2, 3, 4)):
         for max_registers, resident in WARPS_PER_MULTIPROCESSOR.items():
             for warps in resident:
                 yield AttendConfig(block, num_warps, num_stages, max(warps // num_warps, 1), max_registers)
