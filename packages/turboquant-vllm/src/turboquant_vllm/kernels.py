@@ -43,7 +43,8 @@ def outside_pools(device: torch.device, work: Callable[[], T]) -> T:
     """Result of ``work``, done in a thread of its own on ``device``.
 
     vLLM loads weights and allocates the cache inside memory pools that sleep mode empties, and under a default device.
-    Both belong to threads; what a provider or a codec keeps must lie outside.
+    Both belong to threads; what a provider or a codec keeps must lie outside. The default dtype, which is the model's
+    meanwhile, belongs to the process: codebooks must not be rounded to it.
     """
 
     def placed() -> T:
@@ -51,8 +52,13 @@ def outside_pools(device: torch.device, work: Callable[[], T]) -> T:
             torch.accelerator.set_device_index(device.index)
         return work()
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(placed).result()
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(placed).result()
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @cache

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from turboquant_core import Attended, CacheCodec, KernelProvider, merge_attended
+from turboquant_core import Attended, CacheCodec, KernelProvider
 
+from .merging import merge_into
 from .plan import PromptPlan, PromptRow
 from .raw_attention import RawAttention, Scoring
-
-MERGE_TOKENS = 2048
-"""Tokens merged at a time: the merge works in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +75,7 @@ class PromptAttention:
             key, value = self._read(row, start, stop, plan, query.dtype)
             queries, keys = plan.span(query.shape[0]), plan.span(stop - start)
             seen = self.attention(query, key, value, queries, keys, self.scoring, causal=False)
-            for part in _parts(query.shape[0]):
-                merged = merge_attended(Attended(out[part], lse[part]), Attended(seen.out[part], seen.lse[part]))
-                out[part], lse[part] = merged.out, merged.lse
+            merge_into(out, lse, seen)
 
     def _windowed(self, query: Tensor, key: Tensor, value: Tensor, row: PromptRow, plan: PromptPlan) -> Attended:
         """Context and new tokens in one call: each query sees another part of the context."""
@@ -103,8 +98,3 @@ class PromptAttention:
         if self.sinks is not None:
             # A sink only enlarges the denominator: exp(lse) / (exp(lse) + exp(sink)).
             out.mul_(torch.sigmoid(lse - self.sinks.float()).unsqueeze(-1).to(out.dtype))
-
-
-def _parts(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, MERGE_TOKENS):
-        yield slice(start, start + MERGE_TOKENS)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .merging import MERGE_TOKENS
 from .plan import PREFIX_TOKENS
-from .prompts import MERGE_TOKENS
 from .setup import LayerSetup
 
 
@@ -64,7 +64,7 @@ class Scratch:
         """Touch what the largest step takes: the workspace, a decoded piece of context, what a merge works with."""
         self.workspace(self.tokens, self.tokens)
         size = self.setup.shape.kv_heads * self.setup.shape.head_dim
-        merged = min(query.shape[0], MERGE_TOKENS)
+        merged = min(query.shape[0], MERGE_TOKENS) if query.device.type == "cpu" else 0
         held = [
             torch.empty(2 * self.prefix_tokens * size, dtype=query.dtype, device=query.device),
             torch.empty_like(query),
