@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,15 +151,18 @@ def test_tensors_are_float32() -> None:
     assert torch.equal(boundaries, torch.tensor(codebook.boundaries))
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 9])
-def test_bits_out_of_range(bits: int) -> None:
-    with pytest.raises(ValueError, match=rf"bits is {bits}; codebooks have 1 to 8 bits"):
+@pytest.mark.parametrize("bits", [-1, 0, 9, 2.0, 2.5, True, "2", None])
+def test_other_bits_are_refused(bits: Any) -> None:
+    lloyd_max(1), lloyd_max(2)  # a cache takes True for 1 and 2.0 for 2
+    message = f"bits is {bits!r}; the textbook's codebooks have (1, 2, 3, 4, 5, 6, 7, 8): choose one of them"
+    with pytest.raises(ValueError, match=re.escape(message)):
         lloyd_max(bits)
 
 
-@pytest.mark.parametrize("head_dim", [-1, 0, 2])
-def test_head_dim_without_a_density(head_dim: int) -> None:
-    with pytest.raises(ValueError, match=rf"head_dim is {head_dim}; .* at least 3"):
+@pytest.mark.parametrize("head_dim", [-1, 0, 2, 128.0, True, "128"])
+def test_head_dim_without_a_density(head_dim: Any) -> None:
+    lloyd_max(4, 128)
+    with pytest.raises(ValueError, match=re.escape(f"head_dim is {head_dim!r}; it must be an integer of at least 3")):
         lloyd_max(4, head_dim)
 
 
@@ -239,7 +244,15 @@ def test_cubic_levels_follow_the_polynomial() -> None:
     assert constants.levels() == pytest.approx([-9.1875, -2.5625, 2.5625, 9.1875], rel=1e-15)
 
 
-@pytest.mark.parametrize(("form", "bits"), [("int8", 5), ("cubic", 1), ("uniform", 4)])
-def test_unknown_form_or_bits(form: Form, bits: int) -> None:
-    with pytest.raises(ValueError, match=rf"form is '{form}', bits is {bits}"):
+@pytest.mark.parametrize("bits", [5, 1, 2.5, 4.0, True, "4"])
+@pytest.mark.parametrize("form", FORMS)
+def test_bits_that_the_format_has_not(form: Form, bits: Any) -> None:
+    format_codebook(form, 4)
+    message = f"bits is {bits!r}; codes of the format have (2, 3, 4): choose one of them"
+    with pytest.raises(ValueError, match=re.escape(message)):
         format_codebook(form, bits)
+
+
+def test_unknown_form() -> None:
+    with pytest.raises(ValueError, match=r"form is 'uniform'; the format has \('int8', 'cubic'\): choose one of them"):
+        format_codebook("uniform", 4)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,6 +137,29 @@ def test_bad_append_adds_nothing(keys: torch.Tensor, values: torch.Tensor, messa
     with pytest.raises(ValueError, match=message):
         sequences.append(keys, values)
     assert sequences.length == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 1.0}, r"batch is 1\.0; it must be an integer of at least 1"),
+        ({"batch": True}, "batch is True"),
+        ({"kv_heads": 2.0}, r"kv_heads is 2\.0; it must be an integer of at least 1"),
+        ({"page_size": 16.0}, r"page_size is 16\.0; it must be an integer"),
+        ({"head_dim": 64.0}, r"head_dim is 64\.0; it must be an integer"),
+        ({"seed": 1.5}, r"seed is 1\.5; it must be an integer from 0"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be a torch.dtype"),
+    ],
+)
+def test_arguments_of_another_kind(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TurboQuantKVCache(**{"batch": 1, "kv_heads": 2, "head_dim": 64} | arguments)
+
+
+def test_lists_are_no_keys() -> None:
+    cache = TurboQuantKVCache(1, 1, 64)
+    with pytest.raises(ValueError, match=r"keys is a list; it must be a torch\.Tensor"):
+        cache.append([[[[0.0] * 64]]], torch.zeros(1, 1, 1, 64))  # type: ignore[arg-type]
 
 
 def test_other_bad_input() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from turboquant_core import LayoutError, PageLayout, RawLayout, VectorLayout
@@ -103,6 +105,19 @@ def test_unknown_form_is_refused() -> None:
 def test_page_size_must_be_a_multiple_of_16(page_size: int) -> None:
     with pytest.raises(LayoutError, match=rf"page_size is {page_size}"):
         PageLayout(VectorLayout(64, 4, "int8"), RawLayout(64), page_size=page_size, kv_heads=1)
+
+
+@pytest.mark.parametrize("value", [16.0, True, "16", None])
+@pytest.mark.parametrize("name", ["page_size", "kv_heads"])
+def test_what_is_no_integer(name: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"page_size": 16, "kv_heads": 1, name: value}
+    with pytest.raises(LayoutError, match=re.escape(f"{name} is {value!r}; it must be an integer")):
+        PageLayout(VectorLayout(64, 4, "int8"), RawLayout(64), **arguments)
+
+
+def test_numbers_of_numpy_become_ints() -> None:
+    layout = PageLayout(VectorLayout(np.int64(64), 4, "int8"), RawLayout(64), np.int32(16), np.int64(2))
+    assert [type(n) for n in (layout.key.head_dim, layout.page_size, layout.kv_heads)] == [int] * 3
 
 
 def test_kv_heads_and_versions_are_checked() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -61,7 +63,25 @@ def test_against_halves_of_rotated_coordinates(halves: float, split: tuple[int, 
     assert by_half[0] == pytest.approx(by_half[1], rel=0.05)
 
 
+@pytest.mark.parametrize("other", [{"channels": LOUD - 1}, {"channels": LOUD.flip(0)}, {"seed": 1}, {"bits": (4, 3)}])
+def test_vectors_of_another_quantizer(other: dict[str, Any]) -> None:
+    arguments = {"channels": LOUD, "head_dim": 128}
+    packed = TurboQuantOutliers(**arguments | other).encode(keys(2, 1.0))
+    with pytest.raises(ValueError, match="these vectors were packed with"):
+        TurboQuantOutliers(**arguments).decode(packed)
+
+
+def test_shape_and_true_compression() -> None:
+    packed = TurboQuantOutliers(LOUD, 128).encode(keys(6, 1.0).view(2, 3, 128).half())
+    assert packed.shape == (2, 3, 128)
+    assert packed.compression_ratio == pytest.approx(256 / (12 + 24 + 4))
+
+
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="channels is a list"):
+        TurboQuantOutliers([0, 1], 128)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"channels is torch\.float32; it must hold integers"):
+        TurboQuantOutliers(LOUD.float(), 128)
     with pytest.raises(ValueError, match="0 outlier channels of 128"):
         outlier_channels(keys(3, 1.0), 0)
     with pytest.raises(ValueError, match="must be finite"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,10 +103,16 @@ def test_no_vectors() -> None:
     assert quantizer.inner_product(torch.zeros(2, 64), packed).shape == (2, 0)
 
 
-@pytest.mark.parametrize("bits", [0, 5])
-def test_bits_out_of_range(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"bits is {bits}"):
+@pytest.mark.parametrize("bits", [0, 5, 2.0, 2.5, True, "2", None])
+def test_other_bits_are_refused(bits: Any) -> None:
+    TurboQuantProd(64, 2)  # a cache of codebooks takes 2.0 for 2
+    message = f"bits is {bits!r}; Algorithm 2 is implemented for (1, 2, 3, 4): choose one of them"
+    with pytest.raises(ValueError, match=re.escape(message)):
         TurboQuantProd(64, bits)
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    assert TurboQuantProd(np.int64(64), np.int8(2), seed=np.uint64(2**63)).bits == 2
 
 
 def test_bad_input() -> None:
@@ -118,14 +127,46 @@ def test_bad_input() -> None:
         TurboQuantProd(20, 2)
     with pytest.raises(LayoutError, match="head_dim is 2048"):
         TurboQuantProd(2048, 2)
+    with pytest.raises(ValueError, match=r"head_dim is 64\.0; it must be an integer"):
+        TurboQuantProd(64.0, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x is a list; it must be a torch\.Tensor"):
+        quantizer.encode([0.0] * 64)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x is on meta, the quantizer on cpu"):
+        quantizer.encode(torch.zeros(2, 64, device="meta"))
     with pytest.raises(ValueError, match="seed is -1"):
         TurboQuantProd(64, 2, seed=-1)
 
 
-@pytest.mark.parametrize("other", [TurboQuantProd(64, 3), TurboQuantProd(32, 2)])
-def test_vectors_of_another_quantizer(other: TurboQuantProd) -> None:
-    packed = other.encode(torch.zeros(1, other.head_dim))
-    with pytest.raises(ValueError, match="head_dim 64 and 2 bits"):
-        TurboQuantProd(64, 2).decode(packed)
-    with pytest.raises(ValueError, match="head_dim 64 and 2 bits"):
-        TurboQuantProd(64, 2).inner_product(torch.zeros(1, 64), packed)
+@pytest.mark.parametrize("other", [(64, 3, 42), (32, 2, 42), (64, 2, 43), (64, 1, 42)])
+def test_vectors_of_another_quantizer(other: tuple[int, int, int]) -> None:
+    quantizer = TurboQuantProd(*other)
+    packed = quantizer.encode(torch.zeros(1, quantizer.head_dim))
+    message = "packed with head_dim {}, {} bits and seed {}; this quantizer has head_dim 64, 2 bits and seed 42"
+    for use in (TurboQuantProd(64, 2).decode, lambda x: TurboQuantProd(64, 2).inner_product(torch.zeros(1, 64), x)):
+        with pytest.raises(ValueError, match=message.format(*other)):
+            use(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_true_compression(dtype: torch.dtype) -> None:
+    packed = TurboQuantProd(128, 3).encode(torch.ones(2, 5, 128, dtype=dtype))
+    assert packed.shape == (2, 5, 128)
+    assert (packed.head_dim, packed.bits) == (128, 3)
+    assert packed.compression_ratio == pytest.approx(128 * dtype.itemsize / (48 + 8))
+    assert TurboQuantProd(128, 3).encode(torch.zeros(0, 128)).compression_ratio == 1.0
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 110])
+def test_sizes_whose_squares_leave_float32(exponent: int) -> None:
+    quantizer = TurboQuantProd(64, 3)
+    x = unit_vectors(3, 64, 6)
+    plain = quantizer.decode(quantizer.encode(x))
+    assert torch.equal(quantizer.decode(quantizer.encode(x * 2.0**exponent)), plain * 2.0**exponent)
+
+
+def test_float64_beyond_float32_counts_as_infinite() -> None:
+    x = unit_vectors(2, 64, 7).double()
+    x[1, 3] = 1e39
+    decoded = TurboQuantProd(64, 3).decode(TurboQuantProd(64, 3).encode(x))
+    assert decoded[0].isfinite().all()
+    assert decoded[1].isnan().all()

@@ -20,6 +20,7 @@ from turboquant_core import (
     TurboQuantKVCache,
     VectorLayout,
     pack_codes,
+    select_provider,
     unpack_codes,
 )
 
@@ -85,6 +86,8 @@ def test_zero_vectors_decode_to_zero() -> None:
         (torch.zeros(2, 32), "head_dim = 64"),
         (torch.zeros(()), "last dimension"),
         (torch.zeros(2, 64, device="meta"), "meta"),
+        ([[0.0] * 64], r"x is a list; it must be a torch\.Tensor"),
+        (np.zeros((2, 64)), r"x is a ndarray; it must be a torch\.Tensor"),
     ],
 )
 def test_encode(x: torch.Tensor, message: str) -> None:
@@ -237,6 +240,50 @@ def test_what_attend_reads_is_checked(pages: torch.Tensor, changes: dict[str, An
     arguments = {"query": torch.zeros(1, 4, 64), "block_table": torch.tensor([[0]]), "seq_lens": torch.tensor([1])}
     with pytest.raises(ValueError, match=message):
         PROVIDER.attend(pages=pages, codec=CacheCodec.create(LAYOUT), scaling=0.1, **(arguments | changes))
+
+
+ATTENDED = ["query", "pages", "block_table", "seq_lens", "query_start_loc", "seq_starts", "sinks", "out"]
+
+
+@pytest.mark.parametrize("name", ATTENDED)
+def test_attend_wants_tensors(pages: torch.Tensor, name: str) -> None:
+    arguments: dict[str, Any] = {
+        "query": torch.zeros(1, 4, 64),
+        "pages": pages,
+        "block_table": torch.tensor([[0]]),
+        "seq_lens": torch.tensor([1]),
+        name: [0],
+    }
+    with pytest.raises(ValueError, match=rf"{name} is a list; it must be a torch\.Tensor"):
+        PROVIDER.attend(**arguments, codec=CacheCodec.create(LAYOUT), scaling=0.1)
+
+
+@pytest.mark.parametrize("name", ["key", "value", "pages", "slot_mapping"])
+def test_store_wants_tensors(pages: torch.Tensor, name: str) -> None:
+    arguments: dict[str, Any] = {"key": vectors(1), "value": vectors(1), "pages": pages, "slot_mapping": torch.zeros(1)}
+    with pytest.raises(ValueError, match=rf"{name} is a list; it must be a torch\.Tensor"):
+        PROVIDER.store(**{**arguments, name: [0]}, codec=CacheCodec.create(LAYOUT))
+
+
+def test_requests_take_names_of_devices() -> None:
+    request = KernelRequest(LAYOUT, "cpu", torch.float32)  # type: ignore[arg-type]
+    assert request == KernelRequest(LAYOUT, torch.device("cpu"), torch.float32)
+    assert PROVIDER.unsupported_reason(request) is None
+    assert select_provider(request, "reference").name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float32"}, "dtype is 'float32'; it must be a torch.dtype"),
+        ({"group_size": 0}, "group_size is 0; it must be an integer of at least 1"),
+        ({"group_size": 4.0}, r"group_size is 4\.0; it must be an integer of at least 1"),
+    ],
+)
+def test_requests(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"layout": LAYOUT, "device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ValueError, match=message):
+        KernelRequest(**arguments | change)
 
 
 @pytest.mark.parametrize("slots", [torch.tensor([True]), torch.tensor(3), torch.tensor([0.0])])

@@ -9,11 +9,12 @@ from importlib.metadata import version
 import turboquant_core
 
 PUBLIC = """
-Attended CacheCodec Codebook Codec CompressedTensor Gathered KernelProvider KernelRequest LAYOUT_VERSION LayoutError
-MemoryFigures Packed PackedPast PackedSequences PageLayout ProdTensor ProviderError RawLayout ReferenceProvider
-SplitTensor TurboQuantError TurboQuantKVCache TurboQuantMSE TurboQuantOutliers TurboQuantProd VectorLayout WindowedPast
-WindowedSequences Windows __version__ attend_dense available_providers format_codebook lloyd_max load_provider
-merge_attended outlier_channels pack_codes rotate rotation_signs select_provider unpack_codes unrotate
+Attended CacheCodec Codebook Codec Coding CompressedTensor Gathered KernelProvider KernelRequest LAYOUT_VERSION
+LayoutError MemoryFigures Packed PackedPast PackedSequences PageLayout ProdTensor ProviderError RawLayout
+ReferenceProvider SplitTensor TurboQuantError TurboQuantKVCache TurboQuantMSE TurboQuantOutliers TurboQuantProd
+VectorLayout WindowedPast WindowedSequences Windows __version__ attend_dense available_providers format_codebook
+lloyd_max load_provider merge_attended outlier_channels pack_codes rotate rotation_signs select_provider unpack_codes
+unrotate
 """
 
 

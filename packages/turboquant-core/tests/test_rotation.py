@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +108,19 @@ def test_half_input_becomes_float32_and_views_are_accepted() -> None:
 def test_unknown_order(head_dim: int) -> None:
     with pytest.raises(LayoutError, match=str(head_dim)):
         rotation_signs(head_dim)
+
+
+@pytest.mark.parametrize("name", ["head_dim", "seed", "stream"])
+@pytest.mark.parametrize("value", [1.5, 64.0, True, "1", None])
+def test_what_is_no_integer(name: str, value: Any) -> None:
+    rotation_signs(64)
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; it must be an integer")):
+        rotation_signs(**{"head_dim": 64, name: value})
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    signs = rotation_signs(np.int64(64), seed=np.uint64(2**64 - 1), stream=np.int8(1))
+    assert torch.equal(signs, rotation_signs(64, seed=2**64 - 1, stream=1))
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 32), torch.zeros(2, 64, dtype=torch.int64), torch.zeros(())])

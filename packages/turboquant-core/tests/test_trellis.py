@@ -90,7 +90,7 @@ def test_every_bit_is_where_the_layout_says(head_dim: int, bits: int) -> None:
     rows = torch.randint(0, 256, (3, quantizer.layout.code_bytes), dtype=torch.uint8, generator=generator)
     packed = quantizer.encode(gaussian(3, head_dim))
     scales = packed.packed.scales
-    got = quantizer.decode(type(packed)(Packed(rows, scales), packed.layout, torch.float32))
+    got = quantizer.decode(type(packed)(Packed(rows, scales), packed.coding, torch.float32))
     for row, scale, vector in zip(rows, scales.tolist(), got, strict=True):
         expected = expected_vector(bytes(row.tolist()), scale, bits, rotation_signs(head_dim, seed=7))
         torch.testing.assert_close(vector, expected, rtol=1e-5, atol=1e-5)
@@ -240,6 +240,19 @@ def test_golden_bytes() -> None:
     assert document() == golden_text()
 
 
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"stream": 1}, {"bits": 3}, {"center": None}, {"center": torch.ones(2, 64)}]
+)
+def test_vectors_of_another_quantizer(other: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"head_dim": 64, "bits": 2, "center": torch.zeros(2, 64)}
+    packed = TurboQuantTrellis(**arguments | other).encode(torch.zeros(1, 2, 64))
+    quantizer = TurboQuantTrellis(**arguments)
+    for use in (quantizer.decode, lambda x: quantizer.scores(torch.zeros(1, 1, 64), x, scaling=1.0)):
+        with pytest.raises(ValueError, match="these vectors were packed with"):
+            use(packed)
+    assert TurboQuantTrellis(**arguments, scale_rule="norm").decode(quantizer.encode(torch.zeros(1, 2, 64))) is not None
+
+
 def bad(**changes: Any) -> Any:
     return lambda: TurboQuantTrellis(**{"head_dim": 64, "bits": 2, **changes})
 
@@ -247,12 +260,16 @@ def bad(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (bad(bits=4), r"bits is 4; trellis codes have \(2, 3\) bits"),
+        (bad(bits=4), r"bits is 4; trellis codes have \(2, 3\): choose one of them"),
         (bad(bits=2.5), "bits is 2.5"),
+        (bad(bits=2.0), "bits is 2.0"),
+        (bad(bits=True), "bits is True"),
+        (bad(head_dim=64.0), "head_dim is 64.0; it must be an integer"),
         (bad(head_dim=16), "head_dim is 16; trellis codes take multiples of 8 from 32 to 1024"),
         (bad(head_dim=184), "184"),
         (lambda: TrellisLayout(64, 2, version=2), "trellis version is 2; this release reads 1"),
         (lambda: trellis_code(5), "bits is 5"),
+        (lambda: (trellis_code(2), trellis_code(2.0)), "bits is 2.0"),
     ],
 )
 def test_layouts_that_do_not_exist(call: Any, message: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from ._version import __version__
 from .codebook import Codebook, format_codebook, lloyd_max
 from .codec import CacheCodec, Codec
+from .compressed import Coding, CompressedTensor
 from .dense import attend_dense
 from .errors import LayoutError, ProviderError, TurboQuantError
 from .kv_cache import TurboQuantKVCache
@@ -22,7 +23,7 @@ from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
 from .packing import pack_codes, unpack_codes
 from .prod import ProdTensor, TurboQuantProd
 from .provider import Attended, Gathered, KernelProvider, KernelRequest, Packed
-from .quantizer import CompressedTensor, TurboQuantMSE
+from .quantizer import TurboQuantMSE
 from .reference import ReferenceProvider
 from .rotation import rotate, rotation_signs, unrotate
 from .selection import available_providers, load_provider, select_provider
@@ -34,6 +35,7 @@ __all__ = [
     "CacheCodec",
     "Codebook",
     "Codec",
+    "Coding",
     "CompressedTensor",
     "Gathered",
     "KernelProvider",

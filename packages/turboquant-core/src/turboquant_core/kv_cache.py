@@ -32,7 +32,7 @@ class TurboQuantKVCache:
     Raises:
         LayoutError: ``head_dim``, ``bits`` or ``page_size`` is outside the format.
         ProviderError: the named provider is missing or cannot do this.
-        ValueError: ``batch`` is below 1, or a number of tokens is negative.
+        ValueError: ``batch`` is no positive integer, ``dtype`` no dtype of torch, or a number of tokens is negative.
     """
 
     def __init__(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Literal, Protocol, TypeAlias, get_args
 
 from .errors import LayoutError
+from .integers import integer
 
 LAYOUT_VERSION = 1
 """Changes whenever the same vector and codec give different bytes."""
@@ -38,15 +39,25 @@ class RowLayout(Protocol):
 
 
 def _check_head_dim(head_dim: object) -> int:
-    if isinstance(head_dim, bool) or not isinstance(head_dim, Integral):
-        raise LayoutError(f"head_dim is {head_dim!r}; it must be an integer")
-    head_dim = int(head_dim)
+    head_dim = integer(head_dim, "head_dim", error=LayoutError)
     if head_dim % HEAD_DIM_MULTIPLE or not HEAD_DIM_MULTIPLE <= head_dim <= MAX_HEAD_DIM:
         raise LayoutError(
             f"head_dim is {head_dim}; the layout packs multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}: "
             "keep layers of other sizes uncompressed"
         )
     return head_dim
+
+
+def check_page_size(page_size: object) -> int:
+    """``page_size`` as an int.
+
+    Raises:
+        LayoutError: it is no positive multiple of 16.
+    """
+    page_size = integer(page_size, "page_size", error=LayoutError)
+    if page_size < PAGE_SIZE_MULTIPLE or page_size % PAGE_SIZE_MULTIPLE:
+        raise LayoutError(f"page_size is {page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}")
+    return page_size
 
 
 def check_version(version: object) -> None:
@@ -215,10 +226,8 @@ class PageLayout:
     kv_heads: int
 
     def __post_init__(self) -> None:
-        if self.page_size < PAGE_SIZE_MULTIPLE or self.page_size % PAGE_SIZE_MULTIPLE:
-            raise LayoutError(f"page_size is {self.page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}")
-        if self.kv_heads < 1:
-            raise LayoutError(f"kv_heads is {self.kv_heads}; it must be at least 1")
+        object.__setattr__(self, "page_size", check_page_size(self.page_size))
+        object.__setattr__(self, "kv_heads", integer(self.kv_heads, "kv_heads", least=1, error=LayoutError))
         if self.key.version != self.value.version:
             raise LayoutError(
                 f"key layout version {self.key.version} differs from value layout version {self.value.version}"

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quantizer import CompressedTensor, TurboQuantMSE
+from .arguments import check_integers, check_tensors
+from .compressed import CompressedTensor, compression_ratio
+from .quantizer import TurboQuantMSE
 from .scale import ScaleRule
 
 OUTLIER_FRACTION = 0.25
@@ -42,10 +44,12 @@ class SplitTensor:
     Attributes:
         outliers: the outlier channels.
         others: the rest.
+        channels: which channels are outliers, in the order of their coordinates.
     """
 
     outliers: CompressedTensor
     others: CompressedTensor
+    channels: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +60,17 @@ class SplitTensor:
     def bits_per_coordinate(self) -> float:
         """True bits of a coordinate, scales included."""
         return 8 * self.nbytes / (self.outliers.shape.numel() + self.others.shape.numel())
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that was encoded: ``[..., head_dim]``."""
+        *lead, outliers = self.outliers.shape
+        return torch.Size((*lead, outliers + self.others.shape[-1]))
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes of the encoded tensor in its own dtype over the true bytes stored; 1.0 for no vectors."""
+        return compression_ratio(self.shape, self.outliers.dtype, self.nbytes)
 
 
 class TurboQuantOutliers:
@@ -72,7 +87,7 @@ class TurboQuantOutliers:
 
     Raises:
         LayoutError: a part has a size or a width outside the format.
-        ValueError: ``channels`` are not distinct channels of a vector; unknown scale rule.
+        ValueError: ``channels`` are not distinct channels of a vector; unknown scale rule; seed out of range.
     """
 
     def __init__(
@@ -85,7 +100,10 @@ class TurboQuantOutliers:
         *,
         scale_rule: ScaleRule = "least_squares",
     ) -> None:
-        chosen = set(channels.tolist())
+        check_tensors(channels=channels)
+        check_integers(channels=channels)
+        self._chosen = tuple(channels.tolist())
+        chosen = set(self._chosen)
         if len(chosen) != channels.numel() or not chosen <= set(range(head_dim)):
             raise ValueError(f"channels are {channels.tolist()}; they must be distinct and below head_dim = {head_dim}")
         rest = torch.tensor([channel for channel in range(head_dim) if channel not in chosen], dtype=torch.int64)
@@ -105,14 +123,19 @@ class TurboQuantOutliers:
         if x.dim() == 0 or x.shape[-1] != self.head_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; the last dimension must be head_dim = {self.head_dim}")
         outliers, others = self._parts
-        return SplitTensor(outliers.encode(x[..., self.channels]), others.encode(x[..., self.others]))
+        return SplitTensor(outliers.encode(x[..., self.channels]), others.encode(x[..., self.others]), self._chosen)
 
     def decode(self, packed: SplitTensor) -> Tensor:
         """Reconstruct ``[..., head_dim]`` in the dtype that was encoded.
 
         Raises:
-            ValueError: ``packed`` has another layout than this quantizer.
+            ValueError: ``packed`` was packed with other channels, another layout or seed.
         """
+        if packed.channels != self._chosen:
+            raise ValueError(
+                f"these vectors were packed with the outlier channels {packed.channels}, this quantizer reads "
+                f"{self._chosen}: decode with the quantizer that packed them"
+            )
         outliers, others = self._parts[0].decode(packed.outliers), self._parts[1].decode(packed.others)
         x = outliers.new_empty((*outliers.shape[:-1], self.head_dim))
         x[..., self.channels], x[..., self.others] = outliers, others

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_tensors
 from .codec import CacheCodec
+from .integers import integer
 from .layout import PageLayout
 from .provider import Attended, Gathered, KernelProvider
 
@@ -156,12 +158,11 @@ class PackedSequences:
         dtype: of keys and values handed in.
 
     Raises:
-        ValueError: ``batch`` is below 1.
+        ValueError: ``batch`` is no positive integer.
     """
 
     def __init__(self, batch: int, codec: CacheCodec, provider: KernelProvider, dtype: torch.dtype) -> None:
-        if batch < 1:
-            raise ValueError(f"batch is {batch}; it must be at least 1")
+        batch = integer(batch, "batch", least=1)
         self.codec = codec
         self.provider = provider
         self.dtype = dtype
@@ -283,6 +284,7 @@ class PackedSequences:
             raise ValueError(f"keys are {tuple(keys.shape)} but values {tuple(values.shape)}; tokens must be equal")
 
     def _check(self, tensor: Tensor, name: str, head_dim: int) -> None:
+        check_tensors(**{name: tensor})
         expected = (self.batch, self.layout.kv_heads, "tokens", head_dim)
         shape = tuple(tensor.shape)
         if len(shape) != 4 or any(want not in (got, "tokens") for want, got in zip(expected, shape, strict=True)):

@@ -14,10 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import check_device, check_tensors
 from .bits import pack_bits, unpack_bits
 from .codebook import lloyd_max
+from .compressed import compression_ratio
 from .gaussian import normal_numbers
-from .rotation import rotate, rotation_signs, unrotate
+from .integers import integer, integer_of
+from .rotated import power_of_two
+from .rotation import check_seed, rotate, rotation_signs, unrotate
 
 PROD_BITS = (1, 2, 3, 4)
 
@@ -39,17 +43,41 @@ class ProdTensor:
         signs: uint8 ``[..., head_dim / 8]``, ``S r > 0``.
         norm: float32 ``[...]``, norm of the vector.
         residual: float32 ``[...]``, norm of the residual of the normalised vector.
+        seed: of the rotation and of the Gaussian matrix.
+        dtype: dtype of the tensor that was encoded.
     """
 
     codes: Tensor
     signs: Tensor
     norm: Tensor
     residual: Tensor
+    seed: int
+    dtype: torch.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Coordinates of a vector."""
+        return 8 * self.signs.shape[-1]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a coordinate, that of the residual's sign included."""
+        return 1 + self.codes.shape[-1] // self.signs.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that was encoded: ``[..., head_dim]``."""
+        return torch.Size((*self.norm.shape, self.head_dim))
 
     @property
     def nbytes(self) -> int:
         """True bytes: codes, signs and both norms."""
         return self.codes.nbytes + self.signs.nbytes + self.norm.nbytes + self.residual.nbytes
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes of the encoded tensor in its own dtype over the true bytes stored; 1.0 for no vectors."""
+        return compression_ratio(self.shape, self.dtype, self.nbytes)
 
 
 class TurboQuantProd:
@@ -67,8 +95,8 @@ class TurboQuantProd:
     """
 
     def __init__(self, head_dim: int, bits: int, seed: int = 42, device: torch.device | str = "cpu") -> None:
-        if bits not in PROD_BITS:
-            raise ValueError(f"bits is {bits}; Algorithm 2 is implemented for {PROD_BITS[0]} to {PROD_BITS[-1]}")
+        bits = integer_of(bits, "bits", PROD_BITS, what="Algorithm 2 is implemented for")
+        head_dim, seed = integer(head_dim, "head_dim"), check_seed(seed)
         if head_dim % 8:
             raise ValueError(f"head_dim is {head_dim}; it must be a multiple of 8")
         self.head_dim, self.bits, self.seed = head_dim, bits, seed
@@ -82,13 +110,16 @@ class TurboQuantProd:
     def encode(self, x: Tensor) -> ProdTensor:
         """Compress float ``[..., head_dim]``.
 
-        A zero vector decodes to zeros; one with a NaN or infinite coordinate decodes to NaN and affects no other.
+        A zero vector decodes to zeros; one with a NaN or infinite coordinate decodes to NaN and affects no other. The
+        arithmetic is float32: a float64 coordinate beyond its range counts as infinite.
 
         Raises:
-            ValueError: ``x`` is not floating-point or has another last dimension.
+            ValueError: ``x`` is not floating-point, has another last dimension or is on another device.
         """
         self._check(x, "x")
-        x = x.to(torch.float32)
+        dtype, x = x.dtype, x.to(torch.float32)
+        factor = power_of_two(x)
+        x = x / factor
         norm = x.norm(dim=-1)
         unit = x / torch.where(norm > 0, norm, torch.ones_like(norm)).unsqueeze(-1)
         codes = torch.bucketize(
@@ -99,15 +130,17 @@ class TurboQuantProd:
         return ProdTensor(
             codes=pack_bits(planes == 1),
             signs=pack_bits(residual @ self._projection.T > 0),
-            norm=norm,
+            norm=norm * factor.squeeze(-1),
             residual=residual.norm(dim=-1),
+            seed=self.seed,
+            dtype=dtype,
         )
 
     def decode(self, packed: ProdTensor) -> Tensor:
         """The float32 vectors ``[..., head_dim]`` whose inner products are the unbiased estimates.
 
         Raises:
-            ValueError: ``packed`` has another ``head_dim`` or ``bits``.
+            ValueError: ``packed`` has another ``head_dim``, ``bits`` or ``seed``, or is on another device.
         """
         stage_one = self._stage_one(self._codes(packed))
         correction = self._residual_scale(packed).unsqueeze(-1) * (self._residual_signs(packed) @ self._projection)
@@ -125,7 +158,7 @@ class TurboQuantProd:
 
         Raises:
             ValueError: ``query`` is not floating-point or has another last dimension; ``packed`` has another
-                ``head_dim`` or ``bits``.
+                ``head_dim``, ``bits`` or ``seed``; one of them is on another device.
         """
         self._check(query, "query")
         query = query.to(torch.float32)
@@ -136,13 +169,13 @@ class TurboQuantProd:
 
     def _codes(self, packed: ProdTensor) -> Tensor:
         """int64 ``[..., head_dim]``."""
-        stored = (packed.codes.shape[-1], packed.signs.shape[-1])
-        plane_bytes = self.head_dim // 8
-        if stored != ((self.bits - 1) * plane_bytes, plane_bytes):
+        made, read = ((x.head_dim, x.bits, x.seed) for x in (packed, self))
+        if made != read:
             raise ValueError(
-                f"packed holds {stored[0]} bytes of codes and {stored[1]} of signs a vector; this quantizer with"
-                f" head_dim {self.head_dim} and {self.bits} bits reads only what a like one encoded"
+                "these vectors were packed with head_dim {}, {} bits and seed {}; this quantizer has head_dim {}, {} "
+                "bits and seed {}: decode with the quantizer that packed them".format(*made, *read)
             )
+        check_device(self._rotation.device, "the quantizer", codes=packed.codes, signs=packed.signs, norm=packed.norm)
         planes = unpack_bits(packed.codes).unflatten(-1, (self.bits - 1, self.head_dim)).long()
         shifts = torch.arange(self.bits - 1, device=planes.device).unsqueeze(-1)
         codes: Tensor = (planes << shifts).sum(-2)
@@ -160,7 +193,9 @@ class TurboQuantProd:
         return unrotate(self._levels[codes] / math.sqrt(self.head_dim), self._rotation)
 
     def _check(self, x: Tensor, name: str) -> None:
+        check_tensors(**{name: x})
         if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != self.head_dim:
             raise ValueError(
                 f"{name} is {x.dtype} {tuple(x.shape)}; it must be floating-point with last dimension {self.head_dim}"
             )
+        check_device(self._rotation.device, "the quantizer", **{name: x})

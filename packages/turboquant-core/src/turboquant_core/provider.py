@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .codec import CacheCodec, Codec
+from .integers import integer
 from .layout import PageLayout
 
 
@@ -47,15 +48,24 @@ class KernelRequest:
 
     Attributes:
         layout: the pages it keeps (bits, head_dims, page size, layout version).
-        device: where the pages live.
+        device: where the pages live; a name such as ``"cuda:0"`` becomes a ``torch.device``.
         dtype: of queries, keys and values.
         group_size: query heads per KV head.
+
+    Raises:
+        ValueError: ``dtype`` is no dtype of torch, or ``group_size`` no positive integer.
     """
 
     layout: PageLayout
     device: torch.device
     dtype: torch.dtype
     group_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be a torch.dtype, such as torch.bfloat16")
+        object.__setattr__(self, "device", torch.device(self.device))
+        object.__setattr__(self, "group_size", integer(self.group_size, "group_size", least=1))
 
 
 @runtime_checkable

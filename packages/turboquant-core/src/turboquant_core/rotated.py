@@ -43,11 +43,11 @@ def rotate_vectors(x: Tensor, signs: Tensor, center: Tensor | None = None) -> Ro
         x = x - center
     finite = x.isfinite().all(-1, keepdim=True)
     x = torch.where(finite, x, torch.zeros_like(x))
-    factor = _power_of_two(x)
+    factor = power_of_two(x)
     return Rotated(rotate(x / factor, signs), factor, finite)
 
 
-def _power_of_two(x: Tensor) -> Tensor:
+def power_of_two(x: Tensor) -> Tensor:
     """Power of two near each vector's largest coordinate: dividing by it is exact and keeps squares in range."""
     exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
     return torch.ldexp(torch.ones_like(x[..., :1]), exponent)

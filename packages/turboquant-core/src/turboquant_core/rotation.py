@@ -11,7 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .errors import LayoutError
 from .hadamard import factor, hadamard_matrix
+from .integers import integer
 
 _MASK = (1 << 64) - 1
 
@@ -21,6 +23,15 @@ def _splitmix64(state: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def check_seed(seed: object) -> int:
+    """``seed`` as an int.
+
+    Raises:
+        ValueError: it is no integer in [0, 2**64).
+    """
+    return integer(seed, "seed", least=0, most=_MASK)
 
 
 def rotation_signs(head_dim: int, seed: int = 42, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -43,10 +54,8 @@ def rotation_signs(head_dim: int, seed: int = 42, stream: int = 0, device: torch
         ValueError: ``seed`` or ``stream`` is out of range.
         LayoutError: no Hadamard matrix of order ``head_dim`` is known.
     """
-    if type(seed) is not int or not 0 <= seed <= _MASK:
-        raise ValueError(f"seed is {seed!r}; it must be an integer in [0, 2**64)")
-    if stream < 0:
-        raise ValueError(f"stream is {stream}; it must not be negative")
+    seed, stream = check_seed(seed), integer(stream, "stream", least=0)
+    head_dim = integer(head_dim, "head_dim", error=LayoutError)
     factor(head_dim)
     state = (_splitmix64(seed) + stream) & _MASK
     signs = []

@@ -11,6 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from ..integers import integer
+
+SMALLEST_HEAD_DIM = 3
+"""Below it, a coordinate of the unit sphere has no density that is bounded."""
+
 Float64 = NDArray[np.float64]
 _END = 10.0
 """Where integrals stop: N(0, 1) leaves 8e-24 beyond, a coordinate less."""
@@ -97,9 +102,7 @@ def coordinate_density(head_dim: int | None) -> Density:
     """
     if head_dim is None:
         return Gaussian()
-    if head_dim < 3:
-        raise ValueError(f"head_dim is {head_dim}; a coordinate density needs at least 3")
-    return SphereCoordinate(head_dim)
+    return SphereCoordinate(integer(head_dim, "head_dim", least=SMALLEST_HEAD_DIM))
 
 
 def inner_edges(upper: Float64) -> Float64:

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from ..integers import integer_of
 from ..layout import FORMS, WIDTHS, Form
 from .codebook import Codebook, mirrored
 from .density import Gaussian, mean_squared_error
@@ -51,20 +52,25 @@ def format_constants(form: Form, bits: int) -> Int8Levels | CubicLevels:
     Raises:
         ValueError: unknown form or bits.
     """
-    if form not in FORMS or bits not in WIDTHS:
-        raise ValueError(f"form is {form!r}, bits is {bits}; the format has {FORMS} with {WIDTHS} bits")
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}; the format has {FORMS}: choose one of them")
+    bits = integer_of(bits, "bits", WIDTHS, what="codes of the format have")
     constants = _data()[form][str(bits)]
     if form == "int8":
         return Int8Levels(tuple(constants["q"]), constants["step"])
     return CubicLevels(bits, constants["c"], constants["step"])
 
 
-@cache
 def format_codebook(form: Form, bits: int) -> Codebook:
     """The format's levels and their mean squared error on N(0, 1).
 
     Raises:
         ValueError: unknown form or bits.
     """
-    levels = format_constants(form, bits).levels()
+    return _codebook(format_constants(form, bits))
+
+
+@cache
+def _codebook(constants: Int8Levels | CubicLevels) -> Codebook:
+    levels = constants.levels()
     return Codebook(levels, mean_squared_error(levels, Gaussian()))

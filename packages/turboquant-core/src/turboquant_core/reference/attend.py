@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_device, check_integers, check_tensors
 from ..codec import CacheCodec, check_center
 from ..dense import attend_dense
 from ..provider import Attended
 from ..rotation import rotate, unrotate
-from .arguments import check_device, check_integers
 from .pages import check_pages, gather
 
 
@@ -117,6 +117,7 @@ def _checked_out(out: Tensor | None, query: Tensor, shape: tuple[int, int, int])
 
 def _check_query(query: Tensor, codec: CacheCodec) -> None:
     layout = codec.layout
+    check_tensors(query=query)
     if not query.is_floating_point():
         raise ValueError(f"query is {query.dtype}; it must be a floating-point tensor")
     fits = query.dim() == 3 and query.shape[2] == layout.key.head_dim

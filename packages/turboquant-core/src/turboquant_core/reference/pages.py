@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_device, check_integers, check_pages_used
 from ..codec import CacheCodec, Codec
 from ..layout import PageLayout
 from ..provider import Gathered, Packed
-from .arguments import check_device, check_integers, check_pages_used
 from .vectors import decode, decode_rotated, encode
 
 

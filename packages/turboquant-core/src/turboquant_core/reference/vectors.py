@@ -7,13 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..arguments import check_device, check_tensors
 from ..codec import Codec
 from ..layout import RowLayout
 from ..packing import pack_checked_codes, unpack_codes
 from ..provider import Packed
 from ..rotated import rotate_vectors
 from ..rotation import rotate, unrotate
-from .arguments import check_device
 
 
 def encode(x: Tensor, codec: Codec, name: str = "x") -> Packed:
@@ -88,6 +88,7 @@ class VectorCodec(Protocol):
 def check_vectors(x: Tensor, codec: VectorCodec, name: str) -> None:
     """Raise ``ValueError`` unless ``x`` is float ``[..., head_dim]`` on the codec's device."""
     head_dim = codec.layout.head_dim
+    check_tensors(**{name: x})
     if not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}; it must be a floating-point tensor")
     if x.dim() == 0 or x.shape[-1] != head_dim:

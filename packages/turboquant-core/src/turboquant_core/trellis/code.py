@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..codebook import Int8Levels
 from ..errors import LayoutError
+from ..integers import integer_of
 
 TRELLIS_BITS = (2, 3)
 MEMORY = 8
@@ -21,10 +22,9 @@ PARITIES = 3
 """Bits of the level index that the path decides; one of ``2**PARITIES`` subsets of the levels."""
 
 
-def check_trellis_bits(bits: object) -> None:
-    """Raise ``LayoutError`` unless ``bits`` is 2 or 3."""
-    if type(bits) is not int or bits not in TRELLIS_BITS:
-        raise LayoutError(f"bits is {bits!r}; trellis codes have {TRELLIS_BITS} bits: choose one of them")
+def check_trellis_bits(bits: object) -> int:
+    """``bits`` as an int; ``LayoutError`` unless it is 2 or 3."""
+    return integer_of(bits, "bits", TRELLIS_BITS, what="trellis codes have", error=LayoutError)
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,19 @@ def trellis_constants(bits: int) -> Int8Levels:
     Raises:
         LayoutError: ``bits`` is not 2 or 3.
     """
-    check_trellis_bits(bits)
+    bits = check_trellis_bits(bits)
     return Int8Levels(tuple(_data()[str(bits)]["q"]), _data()[str(bits)]["step"])
 
 
-@cache
 def trellis_code(bits: int) -> TrellisCode:
     """The code of a width.
 
     Raises:
         LayoutError: ``bits`` is not 2 or 3.
     """
-    levels = trellis_constants(bits).levels()
-    return TrellisCode(bits, tuple(_data()[str(bits)]["masks"]), levels)
+    return _code(check_trellis_bits(bits))
+
+
+@cache
+def _code(bits: int) -> TrellisCode:
+    return TrellisCode(bits, tuple(_data()[str(bits)]["masks"]), trellis_constants(bits).levels())

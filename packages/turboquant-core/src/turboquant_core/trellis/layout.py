@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..bits import pack_bits, unpack_bits
 from ..errors import LayoutError
+from ..integers import integer
 from ..layout import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, SCALE_BYTES
 from .code import MEMORY, check_trellis_bits
 
@@ -37,7 +38,8 @@ class TrellisLayout:
     version: int = TRELLIS_VERSION
 
     def __post_init__(self) -> None:
-        check_trellis_bits(self.bits)
+        object.__setattr__(self, "bits", check_trellis_bits(self.bits))
+        object.__setattr__(self, "head_dim", integer(self.head_dim, "head_dim", error=LayoutError))
         if self.head_dim % HEAD_DIM_MULTIPLE or not SMALLEST_HEAD_DIM <= self.head_dim <= MAX_HEAD_DIM:
             raise LayoutError(
                 f"head_dim is {self.head_dim}; trellis codes take multiples of {HEAD_DIM_MULTIPLE} from "

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..codec import KEY_STREAM, check_center_shape
+from ..compressed import Coding, CompressedTensor, center_digest
+from ..integers import integer
 from ..provider import Packed
-from ..quantizer import CompressedTensor
 from ..reference.vectors import check_vectors
 from ..rotated import rotate_vectors
-from ..rotation import rotate, rotation_signs, unrotate
+from ..rotation import check_seed, rotate, rotation_signs, unrotate
 from ..scale import ScaleRule, check_scale_rule
 from .code import trellis_code
 from .layout import TrellisLayout, pack_planes, unpack_planes
@@ -51,6 +52,7 @@ class TurboQuantTrellis:
         check_scale_rule(scale_rule)
         check_center_shape(center, head_dim)
         self.layout = TrellisLayout(head_dim, bits)
+        self.coding = Coding(self.layout, check_seed(seed), integer(stream, "stream", least=0), center_digest(center))
         self.scale_rule = scale_rule
         self.center = None if center is None else center.to(device=device, dtype=torch.float32)
         self._code = trellis_code(bits)
@@ -86,13 +88,13 @@ class TurboQuantTrellis:
         path, free = path.view(x.shape), free.view(x.shape)
         scales = vectors.stored_scale(self._levels(path, free), self.scale_rule)
         rows = pack_planes(path * vectors.finite, free * vectors.finite, self.layout)
-        return CompressedTensor(Packed(rows, scales), self.layout, x.dtype)
+        return CompressedTensor(Packed(rows, scales), self.coding, x.dtype)
 
     def decode(self, compressed: CompressedTensor) -> Tensor:
         """Reconstruct ``[..., head_dim]`` in the dtype that was encoded.
 
         Raises:
-            ValueError: ``compressed`` has another layout than this quantizer.
+            ValueError: ``compressed`` was packed with another layout, seed, stream or centre.
         """
         x = unrotate(self._decode_rotated(compressed), self._signs)
         return (x if self.center is None else x + self.center).to(compressed.dtype)
@@ -103,15 +105,14 @@ class TurboQuantTrellis:
         With a centre, which no key has got back, a row differs from the plain scores by a constant.
 
         Raises:
-            ValueError: wrong dtype, shape, device or layout.
+            ValueError: wrong dtype, shape or device, or keys packed with another layout, seed, stream or centre.
         """
         check_vectors(query, self, "query")
         rotated = rotate(query.to(torch.float32), self._signs)
         return scaling * (rotated @ self._decode_rotated(keys).transpose(-1, -2))
 
     def _decode_rotated(self, compressed: CompressedTensor) -> Tensor:
-        if compressed.layout != self.layout:
-            raise ValueError(f"these vectors were packed as {compressed.layout}, this quantizer reads {self.layout}")
+        compressed.coding.check_reader(self.coding)
         path, free = unpack_planes(compressed.packed.codes, self.layout)
         return self._levels(path, free) * compressed.packed.scales.to(torch.float32).unsqueeze(-1)
 

@@ -1,4 +1,4 @@
-"""What every operation asks of its tensors, said in one way."""
+"""What operations and providers ask of their arguments, said in one way."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 
+def check_tensors(**tensors: object) -> None:
+    """Raise ``ValueError`` for an argument, named by its keyword, that is no tensor; None stands for none given."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+
+
 def check_device(device: torch.device, where: str, **tensors: Tensor | None) -> None:
     """Raise ``ValueError`` for a tensor, named by its keyword, on another device than ``where`` is."""
+    check_tensors(**tensors)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, {where} on {device}: move one with .to()")
