@@ -1,11 +1,17 @@
 """Serve with vLLM over packed pages and beside its own caches: blocks, prefill, time per token, and a soak.
 
-    python benchmarks/serving.py                  # a GPU with vLLM 0.26 or newer: Qwen3-8B's shape, random weights
-    python benchmarks/serving.py --soak 10        # minutes of random traffic over the small trained model instead
-    python benchmarks/serving.py --quick          # a CPU: the small model, two short workloads, seconds of traffic
+    python benchmarks/serving.py                     # a GPU with vLLM 0.26 or newer: Qwen3-8B's shape, random weights
+    python benchmarks/serving.py --only bf16 turboquant-4bit --workloads 1x1K 32x8K   # part of it
+    python benchmarks/serving.py --soak 10           # minutes of random traffic over the small trained model instead
+    python benchmarks/serving.py --quick             # a CPU: the small model, two short workloads, seconds of traffic
 
 Each contender runs in a process of its own. Time per token is taken while every request of a workload decodes; prefill
-is the time until the last of them has its first token. No prefix is cached.
+is the time until the last of them has its first token. No prefix is cached. A workload that does not fit into the cache
+is skipped.
+
+Results are written after each workload, beside those of other contenders that the file already holds; it is refused
+when these are of another device or other versions. What engines print goes to $OUT/serving-NAME.log, or to a temporary
+folder where OUT is not set; its end is shown when an engine fails.
 
 vLLM finds plug-ins by the metadata of distributions: on a host without network, unpack the wheels that ``nox -s build``
 makes into a folder on PYTHONPATH.
@@ -15,19 +21,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from report import table, write_json
-from serving_engine import QUICK, WORKLOADS, Setting, measure
+from report import commit, facts, table, write_json
+from serving_engine import QUICK, WORKLOADS, Setting, Workload, measure
 from serving_soak import soak
 
 HERE = Path(__file__).parent
 TINY = HERE.parent / "examples/models/tiny"
 RESULT = "RESULT "
+KEYS = ("prefill_s", "token_ms")
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -52,68 +63,166 @@ def packed(bits: int) -> dict[str, Any]:
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "bf16": {"attention_backend": "FLASH_ATTN"},
+    "turboquant-4bit": packed(4),
+    "turboquant-3bit": packed(3),
+    "turboquant-2bit": packed(2),
+    "turboquant-4bit-blocks-of-128": {**packed(4), "block_size": 128},
     "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
     "int4_per_token_head": {"attention_backend": "TRITON_ATTN", "kv_cache_dtype": "int4_per_token_head"},
-    "turboquant 4 bit": packed(4),
-    "turboquant 3 bit": packed(3),
-    "turboquant 2 bit": packed(2),
 }
-QUICK_CONTENDERS: dict[str, dict[str, Any]] = {"bf16": {}, "turboquant 4 bit": packed(4)}
+QUICK_CONTENDERS: dict[str, dict[str, Any]] = {"bf16": {}, "turboquant-4bit": packed(4)}
+CAPTURED = [1, 2, 4, 8, 16, 32]
+"""Batches that CUDA graphs are captured for: those of the workloads, which keeps the start short."""
 
 
 def settings(quick: bool, model: Path) -> dict[str, Any]:
     common = {"model": str(model), "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True}
     if quick:
         return {**common, "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 16 << 20}
-    return {**common, "max_model_len": 36864, "gpu_memory_utilization": 0.9}
+    graphs = {"compilation_config": {"cudagraph_capture_sizes": CAPTURED}}
+    return {**common, "max_model_len": 36864, "gpu_memory_utilization": 0.9, **graphs}
 
 
 def run_one(arguments: argparse.Namespace) -> None:
-    """The child: one contender, or the soak; prints its result."""
+    """The child: one contender, or the soak; prints what it has found each time that there is more."""
     if arguments.soak:
-        result = soak(arguments.model or TINY, arguments.soak * 60, arguments.quick)
-    else:
-        contender = (QUICK_CONTENDERS if arguments.quick else CONTENDERS)[arguments.one]
-        setting = Setting({**settings(arguments.quick, arguments.model), **contender})
-        result = measure(setting, QUICK if arguments.quick else WORKLOADS)
+        show(soak(arguments.model or TINY, arguments.soak * 60, arguments.quick))
+        return
+    contender = contenders(arguments)[arguments.one]
+    for result in measure(Setting({**settings(arguments.quick, arguments.model), **contender}), workloads(arguments)):
+        show(result)
+
+
+def show(result: dict[str, Any]) -> None:
     print(RESULT + json.dumps(result), flush=True)
 
 
-def child(name: str, arguments: argparse.Namespace, model: Path | None) -> dict[str, Any]:
-    """Result of one contender, or the last lines of what it printed as ``error``: an old vLLM may lack a cache type."""
+def contenders(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The chosen ones, in the order of the table."""
+    offered = QUICK_CONTENDERS if arguments.quick else CONTENDERS
+    chosen = arguments.only or list(offered)
+    check_names("--only", chosen, list(offered))
+    return {name: contender for name, contender in offered.items() if name in chosen}
+
+
+def workloads(arguments: argparse.Namespace) -> tuple[Workload, ...]:
+    """The chosen ones, in the order of the table."""
+    offered = {str(workload).replace(" ", ""): workload for workload in (QUICK if arguments.quick else WORKLOADS)}
+    chosen = arguments.workloads or list(offered)
+    check_names("--workloads", chosen, list(offered))
+    return tuple(workload for name, workload in offered.items() if name in chosen)
+
+
+def check_names(option: str, chosen: list[str], offered: list[str]) -> None:
+    unknown = [name for name in chosen if name not in offered]
+    if unknown:
+        sys.exit(f"{option} names {unknown[0]!r}; there are {', '.join(offered)}")
+
+
+def child(
+    name: str, arguments: argparse.Namespace, model: Path | None, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run one contender; ``keep`` gets what is known so far each time that there is more.
+
+    Returns:
+        The result; with the last lines of what was printed as ``error`` if the process failed: an old vLLM may lack a
+        cache type.
+    """
     command = [sys.executable, __file__, "--one", name, "--soak", str(arguments.soak)]
     command += ["--quick"] if arguments.quick else []
     command += ["--model", str(model)] if model else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
-            return found
-    return {"error": (done.stdout + done.stderr)[-3000:]}
-
-
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = list(QUICK_CONTENDERS if arguments.quick else CONTENDERS)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(QWEN3_8B))
-        model = arguments.model or (TINY if arguments.quick else Path(folder))
-        found = {name: child(name, arguments, model) for name in names}
-    print(summary(found))
+    command += ["--only", name] if not arguments.soak else []
+    command += ["--workloads", *arguments.workloads] if arguments.workloads else []
+    log = Path(os.environ.get("OUT") or tempfile.mkdtemp(), f"serving-{name}.log")
+    found: dict[str, Any] = {}
+    started = time.monotonic()
+    print(f"{name}: starting, log in {log}", flush=True)
+    with (
+        log.open("w", encoding="utf-8") as sink,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, text=True) as process,
+    ):
+        for found in _results(process, sink):
+            print(f"{name}: {time.monotonic() - started:.0f} s: {_last_line(found)}", flush=True)
+            keep(found)
+    if process.returncode:
+        found["error"] = log.read_text(encoding="utf-8")[-3000:]
+        keep(found)
+        print(f"{name}: {time.monotonic() - started:.0f} s: failed, exit status {process.returncode}", flush=True)
     return found
 
 
+def _results(process: subprocess.Popen[str], sink: TextIO) -> Iterator[dict[str, Any]]:
+    """Results among the lines of a child; its other lines go to the log."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(RESULT):
+            yield json.loads(line.removeprefix(RESULT))
+        else:
+            sink.write(line)
+            sink.flush()
+
+
+def _last_line(found: dict[str, Any]) -> str:
+    """What a result says last."""
+    if not found.get("workloads"):
+        return json.dumps({key: value for key, value in found.items() if key != "workloads"})
+    name, run = list(found["workloads"].items())[-1]
+    return f"{name}: {json.dumps(run)}"
+
+
+def compare(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Run the contenders one after the other; ``out`` is written whenever more is known."""
+    workloads(arguments)
+    names, held = list(contenders(arguments)), earlier(out)
+    results = dict(held)
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        results[name] = joined(held.get(name), {"commit": commit(), **found})
+        write_json(out, results)
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(QWEN3_8B))
+        model = arguments.model or (TINY if arguments.quick else Path(folder))
+        for name in names:
+            child(name, arguments, model, partial(keep, name))
+    print(summary(results))
+    return {name: results.get(name, {"error": "no result"}) for name in names}
+
+
+def earlier(out: Path) -> dict[str, Any]:
+    """Results that ``out`` holds, which stay.
+
+    Raises:
+        SystemExit: they are of another device or other versions.
+    """
+    if not out.is_file():
+        return {}
+    held, now = json.loads(out.read_text(encoding="utf-8")), facts()
+    for name in ("device", "python", "versions"):
+        if held[name] != now[name]:
+            sys.exit(f"{out} holds results of {name} {held[name]}, this is {now[name]}: choose another file by --out")
+    results: dict[str, Any] = held["results"]
+    return results
+
+
+def joined(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """``found`` with the workloads of an earlier run of the same commit that were not run again."""
+    if before is None or before.get("commit") != found["commit"]:
+        return found
+    return {**found, "workloads": {**before.get("workloads", {}), **found.get("workloads", {})}}
+
+
 def summary(found: dict[str, dict[str, Any]]) -> str:
-    done = {name: result for name, result in found.items() if "error" not in result}
-    failed = [f"{name} did not run:\n{result['error']}" for name, result in found.items() if "error" in result]
-    if not done:
-        return "\n".join(failed)
-    workloads = list(next(iter(done.values()))["workloads"])
-    columns = [f"{name}: {what}" for name in workloads for what in ("prefill s", "ms a token")]
+    """A table of the contenders that have results, and the errors of the others."""
+    errors = [f"{name} failed:\n{result['error']}" for name, result in found.items() if "error" in result]
+    done = {name: result for name, result in found.items() if result.get("workloads")}
+    names = list(dict.fromkeys(name for result in done.values() for name in result["workloads"]))
+    columns = [f"{name}: {what}" for name in names for what in ("prefill s", "ms a token")]
     rows = [
-        [name, result["blocks"], *(result["workloads"][w][k] for w in workloads for k in ("prefill_s", "token_ms"))]
-        for name, result in done.items()
+        [cache, result["blocks"], *(result["workloads"].get(n, {}).get(k, "-") for n in names for k in KEYS)]
+        for cache, result in done.items()
     ]
-    return "\n".join([table(["cache", "blocks", *columns], rows), *failed])
+    return "\n".join([table(["cache", "blocks", *columns], rows), *errors])
 
 
 def failed(results: dict[str, Any]) -> bool:
@@ -126,6 +235,8 @@ def failed(results: dict[str, Any]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a CPU: small model, short workloads")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(CONTENDERS)}")
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of them, 1x1K for instance")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="random traffic instead of timing")
     parser.add_argument("--model", type=Path, help="folder of a model; timing needs its config.json only")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
@@ -134,13 +245,13 @@ def main() -> None:
     if arguments.one:
         run_one(arguments)
         return
+    name = "serving_soak.json" if arguments.soak else "serving.json"
+    out = arguments.out or HERE / "results" / (f"quick_{name}" if arguments.quick else name)
     if arguments.soak:
-        results = {"soak": child("soak", arguments, arguments.model)}
+        results = {"soak": child("soak", arguments, arguments.model, lambda found: write_json(out, {"soak": found}))}
         print(json.dumps(results["soak"], indent=1))
     else:
-        results = compare(arguments)
-    name = "serving_soak.json" if arguments.soak else "serving.json"
-    write_json(arguments.out or HERE / "results" / (f"quick_{name}" if arguments.quick else name), results)
+        results = compare(arguments, out)
     sys.exit(int(failed(results)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,34 +39,57 @@ class Setting:
         return LLM(**{"enable_prefix_caching": False, **self.arguments})
 
 
-def measure(setting: Setting, workloads: tuple[Workload, ...]) -> dict[str, Any]:
-    """Blocks, and prefill seconds and milliseconds per token of each workload."""
+def measure(setting: Setting, workloads: tuple[Workload, ...]) -> Iterator[dict[str, Any]]:
+    """Blocks and seconds to start, then prefill seconds and milliseconds per token: all that is known so far."""
+    started = time.perf_counter()
     engine = setting.engine().llm_engine
     cache = engine.vllm_config.cache_config
-    vocabulary = engine.vllm_config.model_config.get_vocab_size()
-    found = {}
+    found: dict[str, Any] = {
+        "start_s": time.perf_counter() - started,
+        "blocks": cache.num_gpu_blocks,
+        "block_size": cache.block_size,
+        "workloads": {},
+    }
+    yield found
     for workload in workloads:
-        # A first round compiles and captures what is made on demand.
-        run(engine, Workload(workload.requests, min(workload.tokens, 256), 4), vocabulary)
-        found[str(workload)] = run(engine, workload, vocabulary)
-    return {"blocks": cache.num_gpu_blocks, "block_size": cache.block_size, "workloads": found}
+        found["workloads"][str(workload)] = _timed(engine, workload)
+        yield found
 
 
-def run(engine: Any, workload: Workload, vocabulary: int) -> dict[str, float]:
+def _timed(engine: Any, workload: Workload) -> dict[str, Any]:
+    cache = engine.vllm_config.cache_config
+    needed = workload.requests * (workload.tokens + _max_tokens(engine, workload))
+    if needed > cache.num_gpu_blocks * cache.block_size:
+        return {"skipped": f"{needed} tokens do not fit into {cache.num_gpu_blocks} blocks of {cache.block_size}"}
+    # First rounds compile what is made on demand: for prompts of this length, and for batches of this size.
+    run(engine, Workload(1, workload.tokens, 4))
+    run(engine, Workload(workload.requests, min(workload.tokens, 256), 4))
+    return run(engine, workload)
+
+
+def _max_tokens(engine: Any, workload: Workload) -> int:
+    """Requests that come first decode while the others are still prompts: they need tokens for as many steps."""
+    budget = engine.vllm_config.scheduler_config.max_num_batched_tokens
+    spare = -(-workload.requests * workload.tokens // budget) + workload.requests
+    return WARM_TOKENS + workload.timed + 2 * spare + 8
+
+
+def run(engine: Any, workload: Workload) -> dict[str, Any]:
     """Prefill until all requests have a token, then time the steps in which all of them decode."""
     from vllm import SamplingParams
 
-    # Requests that come first decode while the others are still prompts: they need tokens for as many steps.
-    budget = engine.vllm_config.scheduler_config.max_num_batched_tokens
-    spare = -(-workload.requests * workload.tokens // budget) + workload.requests
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
     sampling = SamplingParams(
-        temperature=0, max_tokens=WARM_TOKENS + workload.timed + 2 * spare + 8, ignore_eos=True, detokenize=False
+        temperature=0, max_tokens=_max_tokens(engine, workload), ignore_eos=True, detokenize=False
     )
+    prompts = {
+        str(number): [(31 * number + 7919 * position) % (vocabulary - 1) for position in range(workload.tokens)]
+        for number in range(workload.requests)
+    }
+    counts = dict.fromkeys(prompts, 0)
     started = time.perf_counter()
-    for number in range(workload.requests):
-        prompt = [(31 * number + 7919 * position) % (vocabulary - 1) for position in range(workload.tokens)]
-        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
-    counts = {str(number): 0 for number in range(workload.requests)}
+    for name, prompt in prompts.items():
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
     prefill = _step_until(engine, counts, 1) - started
     base = min(counts.values()) + WARM_TOKENS
     begin = _step_until(engine, counts, base)

@@ -26,7 +26,7 @@ def results(folder: Path, *arguments: str) -> dict[str, Any]:
 
 def test_timing(tmp_path: Path) -> None:
     found = results(tmp_path)
-    full, packed = found["bf16"], found["turboquant 4 bit"]
+    full, packed = found["bf16"], found["turboquant-4bit"]
     assert packed["blocks"] * packed["block_size"] == pytest.approx(
         full["blocks"] * full["block_size"] * 256 / 68, rel=0.01
     )
