@@ -26,6 +26,11 @@ class Calibration:
     output_moment: list[Tensor]
     tokens: int
 
+    @property
+    def device(self) -> torch.device:
+        """Of the model that was calibrated."""
+        return self.key_mean[0].device
+
 
 class _Sums(Observer):
     def __init__(self) -> None:

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from report import table, write_json
 from retrieval import stock_cache
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turboquant_hf import patch_model
@@ -29,45 +29,51 @@ from turboquant_hf.compat import CACHE_ARGUMENT
 HERE = Path(__file__).resolve().parent
 
 
-def prompts(tokenizer: Any, text: str, count: int, length: int) -> list[torch.Tensor]:
-    """``count`` pieces of ``length`` tokens each, ``[1, length]``, spread evenly over the text."""
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+def pieces(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
+    """``[count, length]`` token ids, spread evenly over the text."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    if len(ids) < length:
+        raise SystemExit(f"the text has {len(ids)} tokens, fewer than --length {length}")
     starts = torch.linspace(0, len(ids) - length, count).long().tolist()
-    return [ids[start : start + length].unsqueeze(0) for start in starts]
+    return torch.stack([ids[start : start + length] for start in starts])
 
 
-def next_token(model: Any, ids: torch.Tensor, cache: Any) -> int:
-    """The most likely token after ``ids`` and what the cache holds."""
-    return int(model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[0, -1].argmax())
+def next_tokens(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """The most likely token of each row after ``ids`` ``[batch, n]`` and what the cache holds: ``[batch, 1]``."""
+    return model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
 @torch.inference_mode()
-def write(model: Any, prompt: torch.Tensor, tokens: int) -> list[int]:
-    """Greedy tokens of full precision."""
+def write(model: Any, prompts: Tensor, tokens: int) -> Tensor:
+    """Greedy tokens of full precision: ``[batch, tokens]`` after prompts ``[batch, length]``."""
     cache = stock_cache(model)
-    written = [next_token(model, prompt, cache)]
+    written = [next_tokens(model, prompts, cache)]
     while len(written) < tokens:
-        written.append(next_token(model, torch.tensor([[written[-1]]]), cache))
-    return written
+        written.append(next_tokens(model, written[-1], cache))
+    return torch.cat(written, dim=1)
 
 
 @torch.inference_mode()
-def agreement(model: Any, cache: Any, prompt: torch.Tensor, written: list[int]) -> list[bool]:
-    """Whether each written token is the packed cache's choice too, after the written tokens before it."""
-    inputs = [prompt, *(torch.tensor([[token]]) for token in written[:-1])]
-    return [next_token(model, ids, cache) == token for ids, token in zip(inputs, written, strict=True)]
+def agreement(model: Any, cache: Any, prompts: Tensor, written: Tensor) -> Tensor:
+    """Whether each written token is the packed cache's choice too, after the written tokens before it.
+
+    The first of them is not: it comes from the prompt, which a cache's first call attends to in full precision.
+    """
+    next_tokens(model, prompts, cache)
+    found = [next_tokens(model, ids, cache) for ids in written[:, :-1].split(1, dim=1)]
+    return torch.cat(found, dim=1) == written[:, 1:]
 
 
-def figures(steps: list[list[bool]]) -> dict[str, Any]:
-    """Both senses of equal, over prompts."""
-    prefixes = [row.index(False) if False in row else len(row) for row in steps]
+def figures(equal: Tensor) -> dict[str, Any]:
+    """Both senses of equal, of bool ``[prompts, steps]``."""
+    prefixes = equal.long().cumprod(1).sum(1)
     return {
-        "prompts": len(steps),
-        "tokens": sum(map(len, steps)),
-        "same_top": sum(map(sum, steps)) / sum(map(len, steps)),
-        "identical_texts": sum(all(row) for row in steps),
-        "mean_equal_prefix": mean(prefixes),
-        "shortest_equal_prefix": min(prefixes),
+        "prompts": len(equal),
+        "tokens": equal.numel(),
+        "same_top": float(equal.double().mean()),
+        "identical_texts": int(equal.all(1).sum()),
+        "mean_equal_prefix": float(prefixes.double().mean()),
+        "shortest_equal_prefix": int(prefixes.min()),
     }
 
 
@@ -82,32 +88,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=48, help="tokens to write")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=20, help="prompts that share a cache")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="default: results/text_MODEL.json")
     return parser.parse_args()
+
+
+def caches(bits: list[float], sinks: int, recent: int) -> dict[str, dict[str, Any]]:
+    """Options of each cache: every width alone, and with full-precision windows."""
+    windows = {"sink_tokens": sinks, "recent_tokens": recent}
+    found: dict[str, dict[str, Any]] = {}
+    for width in bits:
+        found[f"{width:g} bit"] = {"bits": width}
+        found[f"{width:g} bit, windows {sinks} + {recent}"] = {"bits": width, **windows}
+    return found
 
 
 def main() -> None:
     """Measure and report."""
     arguments = parse()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, local_files_only=True)
+    model = model.eval().to(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    pieces = prompts(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.prompts, arguments.length)
-    texts = [write(model, piece, arguments.tokens) for piece in pieces]
-    windows = {"sink_tokens": arguments.sinks, "recent_tokens": arguments.recent}
+    text = arguments.text.read_text(encoding="utf-8")
+    prompts = pieces(tokenizer, text, arguments.prompts, arguments.length).to(model.device).split(arguments.batch)
+    texts = [write(model, group, arguments.tokens) for group in prompts]
     results: dict[str, Any] = {"model": arguments.model.resolve().name, "dtype": "float32", "caches": {}}
-    for bits in arguments.bits:
-        for name, options in {
-            f"{bits:g} bit": {},
-            f"{bits:g} bit, windows {arguments.sinks} + {arguments.recent}": windows,
-        }.items():
-            start = time.perf_counter()
-            steps = [
-                agreement(model, patch_model(model, bits, verify=False, **options), piece, text)
-                for piece, text in zip(pieces, texts, strict=True)
-            ]
-            results["caches"][name] = figures(steps)
-            print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            write_json(arguments.json or HERE / "results" / f"text_{results['model']}.json", results)
+    for name, options in caches(arguments.bits, arguments.sinks, arguments.recent).items():
+        start = time.perf_counter()
+        equal = [
+            agreement(model, patch_model(model, verify=False, **options), group, written)
+            for group, written in zip(prompts, texts, strict=True)
+        ]
+        results["caches"][name] = figures(torch.cat(equal))
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        write_json(arguments.json or HERE / "results" / f"text_{results['model']}.json", results, arguments.device)
     columns = list(next(iter(results["caches"].values())))
     print(table(["cache", *columns], [[name, *row.values()] for name, row in results["caches"].items()]))
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
+import json
 import math
 import os
 import sys
@@ -56,10 +58,11 @@ class Setup:
     codecs: Codecs
 
 
-def load(folder: Path) -> tuple[Any, Any]:
+def load(folder: Path, device: str) -> tuple[Any, Any]:
     """Model in float32, so that nothing but the codec rounds, and tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval(), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval().to(device), tokenizer
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
@@ -82,7 +85,7 @@ def cut(arguments: argparse.Namespace, tokenizer: Any, ids: Tensor) -> tuple[lis
 
 def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
     """Load, cut, calibrate; also the settings for the JSON."""
-    model, tokenizer = load(arguments.model)
+    model, tokenizer = load(arguments.model, arguments.device)
     text = arguments.text.read_text(encoding="utf-8")[: arguments.characters]
     ids = token_ids(tokenizer, text)
     rows, rest = cut(arguments, tokenizer, ids)
@@ -129,10 +132,10 @@ def row_of(method: Method, sums: Sums, base: Sums, setup: Setup) -> dict[str, An
     }
 
 
-def run_sweep(setup: Setup, name: str, rows: list[Tensor]) -> list[dict[str, Any]]:
+def run_sweep(setup: Setup, name: str, rows: list[Tensor], batch: int) -> list[dict[str, Any]]:
     """Figures of a sweep's methods, full precision first."""
     methods = SWEEPS[name](setup.codecs)
-    sums = score(setup.model, rows, methods)
+    sums = score(setup.model, rows, methods, batch)
     return [row_of(method, sums[method.name], sums[FULL.name], setup) for method in (FULL, *methods)]
 
 
@@ -146,7 +149,7 @@ def agreement(setup: Setup) -> list[dict[str, Any]]:
     from comparison import Sample, make_cache
     from comparison import score as score_through_cache
 
-    ids, found = setup.rows[0].unsqueeze(0), []
+    ids, found = setup.rows[0].unsqueeze(0).to(setup.model.device), []
     sample = Sample(ids[:, :1], ids[:, 1:], 0)
     for bits in AGREEMENT_BITS:
         setup.model.set_attn_implementation("sdpa")
@@ -159,13 +162,15 @@ def agreement(setup: Setup) -> list[dict[str, Any]]:
     return found
 
 
-def plot(rows: list[dict[str, Any]], target: Path, title: str) -> None:
+def plot(results: dict[str, Any], target: Path) -> None:
     """KL divergence against true bits per coordinate, one line for each family."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows, settings = results["sweeps"]["methods"], results["settings"]
+    title = f"{settings['model']}, {settings['text']}"
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for family in dict.fromkeys(row["family"] for row in rows if row["family"]):
         points = sorted((row["bits"], row["KL"]) for row in rows if row["family"] == family)
@@ -192,7 +197,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--side-windows", type=int, default=4, help="the same for all sweeps but 'methods'")
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=2, help="windows at once")
     parser.add_argument("--quick", action="store_true", help="'methods' on a few short windows, no files")
+    parser.add_argument("--render", action="store_true", help="tables and plot of the JSON that is there, no run")
     parser.add_argument("--json", type=Path, help="default: results/quality_MODEL.json")
     parser.add_argument("--plot", type=Path, help="default: docs/images/quality_MODEL.png")
     arguments = parser.parse_args()
@@ -204,20 +212,51 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def render(arguments: argparse.Namespace) -> None:
+    """Tables and plot from a JSON file."""
+    results = json.loads(arguments.json.read_text(encoding="utf-8"))["results"]
+    for name, rows in results["sweeps"].items():
+        show(name, rows)
+    if "agreement" in results:
+        show_agreement(results["agreement"])
+    if "methods" in results["sweeps"]:
+        plot(results, arguments.plot)
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print the table of a sweep."""
+    print(f"\n{name.replace('_', ' ')}\n")
+    print(table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows]), flush=True)
+
+
+def show_agreement(rows: list[dict[str, Any]]) -> None:
+    """Print :func:`agreement`."""
+    print("\nthrough the packed cache and in one pass\n")
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+
+
 def main() -> None:
     arguments = parse()
+    if arguments.render:
+        render(arguments)
+    else:
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run the sweeps, write and print."""
     setup, settings = set_up(arguments)
     results: dict[str, Any] = {"settings": settings, "sweeps": {}}
     if settings["absent"]:
         print(f"not installed, so absent: {', '.join(settings['absent'])}")
     for name in arguments.sweep:
         start = time.perf_counter()
-        rows = run_sweep(setup, name, setup.rows if name == "methods" else setup.rows[: arguments.side_windows])
-        results["sweeps"][name] = rows
-        print(f"\n{name.replace('_', ' ')} ({time.perf_counter() - start:.0f} s)\n")
-        print(table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows]), flush=True)
+        windows = setup.rows if name == "methods" else setup.rows[: arguments.side_windows]
+        rows = results["sweeps"][name] = run_sweep(setup, name, windows, arguments.batch)
+        show(name, rows)
+        print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
         if not arguments.quick:
-            write_json(arguments.json, results)
+            write_json(arguments.json, results, arguments.device)
     if "methods" in results["sweeps"]:
         finish(setup, results, arguments)
 
@@ -225,12 +264,14 @@ def main() -> None:
 def finish(setup: Setup, results: dict[str, Any], arguments: argparse.Namespace) -> None:
     """The packed cache beside one pass, and the plot."""
     rows = results["agreement"] = agreement(setup)
-    print("\nthrough the packed cache and in one pass\n")
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
-    if not arguments.quick:
-        write_json(arguments.json, results)
-        settings = results["settings"]
-        plot(results["sweeps"]["methods"], arguments.plot, f"{settings['model']}, {settings['text']}")
+    show_agreement(rows)
+    if arguments.quick:
+        return
+    write_json(arguments.json, results, arguments.device)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: draw the plot with --render where it is")
+    else:
+        plot(results, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from calibration import Calibration
@@ -145,7 +146,9 @@ class Codecs:
         def of_layer(layer: int) -> Codec:
             seed = self.seed if seed_of is None else seed_of(layer)
             own = None if center is None else center[layer]
-            codec = Codec.create(layout, seed=seed, stream=stream, scale_rule=rule, center=own)
+            codec = Codec.create(
+                layout, seed=seed, stream=stream, scale_rule=rule, center=own, device=self.calibration.device
+            )
             return codec if weights is None else shaped(codec, weights[layer])
 
         return Packed([of_layer(layer) for layer in range(self.layers)])
@@ -164,10 +167,8 @@ class Codecs:
 
         def coded(rule: ScaleRule, stream: int, centers: list[Tensor] | None) -> Trellis:
             own = [None] * self.layers if centers is None else centers
-            make = TurboQuantTrellis
-            return Trellis(
-                [make(self.head_dim, bits, self.seed, scale_rule=rule, stream=stream, center=c) for c in own]
-            )
+            options: dict[str, Any] = {"scale_rule": rule, "stream": stream, "device": self.calibration.device}
+            return Trellis([TurboQuantTrellis(self.head_dim, bits, self.seed, center=c, **options) for c in own])
 
         key = coded("unbiased", KEY_STREAM, self.calibration.key_mean if centre else None)
         return Method(name, key, coded("least_squares", VALUE_STREAM, None))
@@ -181,7 +182,8 @@ class Codecs:
         slow = torch.arange(self.head_dim) % (self.head_dim // 2) >= self.head_dim // 2 - self.head_dim // 8
         for mean in self.calibration.key_mean:
             vector = torch.randn(mean.shape, generator=generator) * slow
-            found.append(vector / vector.norm(dim=-1, keepdim=True) * times * self.head_dim**0.5)
+            vector *= times * self.head_dim**0.5 / vector.norm(dim=-1, keepdim=True)
+            found.append(vector.to(mean.device))
         return found
 
 

@@ -37,8 +37,8 @@ class Textbook:
 
     def __call__(self, x: Tensor, layer: int) -> Tensor:
         head_dim = x.shape[-1]
-        levels, boundaries = lloyd_max(self.bits, None if self.renormalise else head_dim).tensors()
-        signs = rotation_signs(head_dim, seed=self.seed)
+        levels, boundaries = lloyd_max(self.bits, None if self.renormalise else head_dim).tensors(x.device)
+        signs = rotation_signs(head_dim, seed=self.seed, device=x.device)
         norm = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float16).tiny)
         unit = rotate(x / norm, signs) * math.sqrt(head_dim)
         found = levels[torch.bucketize(unit.contiguous(), boundaries)]
@@ -62,7 +62,7 @@ class MinMax:
     packed_zero: bool = False
 
     def __call__(self, x: Tensor, layer: int) -> Tensor:
-        signs = None if self.seed is None else rotation_signs(x.shape[-1], seed=self.seed)
+        signs = None if self.seed is None else rotation_signs(x.shape[-1], seed=self.seed, device=x.device)
         z = x if signs is None else rotate(x, signs)
         top, low = (1 << self.bits) - 1, z.amin(-1, keepdim=True)
         scale = as_fp16((z.amax(-1, keepdim=True) - low) / top).clamp_min(torch.finfo(torch.float16).tiny)
@@ -80,18 +80,21 @@ class MinMax:
 
 @dataclass(frozen=True)
 class Hqq:
-    """hqq's quantizer, groups within a token as its cache in Transformers makes them."""
+    """hqq's quantizer, groups within a token as its cache in Transformers makes them.
+
+    On the CPU, as quanto: the numbers are the same, and their CUDA extensions are compiled when first used.
+    """
 
     bits: int
 
     def __call__(self, x: Tensor, layer: int) -> Tensor:
         from hqq.core.quantize import Quantizer
 
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).cpu()
         codes, meta = Quantizer.quantize(
-            rows, nbits=self.bits, axis=1, group_size=GROUP, device=str(x.device), compute_dtype=torch.float32
+            rows, nbits=self.bits, axis=1, group_size=GROUP, device="cpu", compute_dtype=torch.float32
         )
-        return Quantizer.dequantize(codes, meta).view(x.shape)
+        return Quantizer.dequantize(codes, meta).view(x.shape).to(x.device)
 
     def vector_bytes(self, head_dim: int, layer: int) -> float:
         return _grouped_bytes(head_dim, self.bits)
@@ -107,9 +110,9 @@ class Quanto:
         from optimum.quanto import MaxOptimizer, qint2, qint4, quantize_weight
 
         kind: Any = {2: qint2, 4: qint4}[self.bits]
-        rows = x.reshape(-1, GROUP)
+        rows = x.reshape(-1, GROUP).cpu()
         scale, shift = MaxOptimizer()(rows, kind, 0, GROUP)
-        return quantize_weight(rows, kind, 0, scale, shift, GROUP).dequantize().view(x.shape)
+        return quantize_weight(rows, kind, 0, scale, shift, GROUP).dequantize().view(x.shape).to(x.device)
 
     def vector_bytes(self, head_dim: int, layer: int) -> float:
         return _grouped_bytes(head_dim, self.bits)

@@ -50,11 +50,17 @@ def commit() -> str | None:
         return None
 
 
-def facts() -> dict[str, Any]:
-    """What a reader needs to judge and to repeat a run."""
+def device_name(device: str | None) -> str:
+    """Name of the card, or of the processor; None names the card where there is one."""
+    is_cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    return torch.cuda.get_device_name(device) if is_cuda else platform.processor() or "cpu"
+
+
+def facts(device: str | None = None) -> dict[str, Any]:
+    """What a reader needs to judge and to repeat a run on ``device``."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
@@ -63,10 +69,10 @@ def facts() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Write ``results`` together with the machine's facts."""
+def write_json(path: Path, results: dict[str, Any], device: str | None = None) -> None:
+    """Write ``results`` together with the machine's facts; ``device`` as for :func:`device_name`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts(), "results": results}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**facts(device), "results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from report import table, write_json
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from turboquant_hf import QualityWarning, patch_model, unpatch_model
@@ -57,14 +58,15 @@ def caches(bits: list[float], sinks: int, recent: int) -> dict[str, MakeCache]:
 
 
 @torch.inference_mode()
-def answers(model: Any, cache: Any, prompt: list[int], answer: list[int], chunk: int) -> bool:
-    """Whether greedy decoding after ``prompt`` yields ``answer``."""
-    *chunks, last = torch.tensor([prompt]).split(chunk, dim=1)
+def answers(model: Any, cache: Any, prompts: Tensor, expected: Tensor, chunk: int) -> list[bool]:
+    """Whether greedy decoding after each row of ``prompts`` ``[batch, n]`` yields its answer in ``expected``."""
+    *chunks, last = prompts.split(chunk, dim=1)
     for part in chunks:
         model(part, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-    ids = torch.cat((last, torch.tensor([answer[:-1]])), dim=1)
-    logits = model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=len(answer)).logits
-    return logits[0].argmax(-1).tolist() == answer
+    ids = torch.cat((last, expected[:, :-1]), dim=1)
+    logits = model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=expected.shape[1]).logits
+    found: list[bool] = (logits.argmax(-1) == expected).all(-1).tolist()
+    return found
 
 
 def chosen(rows: list[dict[str, Any]], lengths: list[int] | None, each: int) -> list[dict[str, Any]]:
@@ -80,11 +82,23 @@ def chosen(rows: list[dict[str, Any]], lengths: list[int] | None, each: int) -> 
     return picked
 
 
-def measure(model: Any, rows: list[dict[str, Any]], make: MakeCache, chunk: int) -> dict[int, list[bool]]:
+def batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """``rows`` in groups of at most ``size`` whose prompts and answers are equally long."""
+    alike: dict[tuple[int, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        alike[row["length"], len(row["prompt_ids"]), len(row["answer_ids"])].append(row)
+    for group in alike.values():
+        yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+def measure(model: Any, rows: list[dict[str, Any]], make: MakeCache, chunk: int, batch: int) -> dict[int, list[bool]]:
     """Right or wrong for every row, by length."""
     found: dict[int, list[bool]] = defaultdict(list)
-    for row in rows:
-        found[row["length"]].append(answers(model, make(model), row["prompt_ids"], row["answer_ids"], chunk))
+    for group in batches(rows, batch):
+        prompts, expected = (
+            torch.tensor([row[name] for row in group], device=model.device) for name in ("prompt_ids", "answer_ids")
+        )
+        found[group[0]["length"]] += answers(model, make(model), prompts, expected, chunk)
     return found
 
 
@@ -97,6 +111,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", help="default: all that the file has")
     parser.add_argument("--each", type=int, default=50, help="prompts of each length")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prompt that go in at once")
+    parser.add_argument("--batch", type=int, default=1, help="prompts that share a cache, and with it a centre")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=16)
     parser.add_argument("--only", help="only caches whose name contains this, beside full precision")
@@ -107,17 +123,23 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     warnings.simplefilter("ignore", QualityWarning)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, local_files_only=True)
+    model = model.eval().to(arguments.device)
     rows = chosen(json.loads(gzip.decompress(arguments.prompts.read_bytes())), arguments.lengths, arguments.each)
-    results: dict[str, Any] = {"model": arguments.model.resolve().name, "chunk": arguments.chunk, "caches": {}}
+    results: dict[str, Any] = {
+        "model": arguments.model.resolve().name,
+        "chunk": arguments.chunk,
+        "batch": arguments.batch,
+        "caches": {},
+    }
     target = arguments.json or HERE / "results" / f"quality_retrieval_{results['model']}.json"
     for name, make in caches(arguments.bits, arguments.sinks, arguments.recent).items():
         if name != FULL and arguments.only and arguments.only not in name:
             continue
         start = time.perf_counter()
-        found = measure(model, rows, make, arguments.chunk)
+        found = measure(model, rows, make, arguments.chunk, arguments.batch)
         results["caches"][name] = {str(k): {"prompts": len(v), "right": sum(v)} for k, v in found.items()}
-        write_json(target, results)
+        write_json(target, results, arguments.device)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     lengths = list(results["caches"][FULL])
     shares = [

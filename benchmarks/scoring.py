@@ -155,7 +155,7 @@ def through(method: Method, observer: Observer | None = None) -> Iterator[None]:
 def log_probabilities(model: Any, ids: Tensor, method: Method, observer: Observer | None = None) -> Tensor:
     """Of every next token: float32 ``[batch, tokens, vocabulary]`` for ids ``[batch, tokens]``."""
     with through(method, observer):
-        return model(ids, use_cache=False).logits.float().log_softmax(-1)
+        return model(ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
 
 
 @dataclass
@@ -200,11 +200,11 @@ def score(
     sums = {name: Sums() for name in (FULL.name, *(method.name for method in methods), *found)}
     for start in range(0, len(rows), batch):
         print(f"{len(methods)} methods, window {start} of {len(rows)}", file=sys.stderr, flush=True)
-        ids = torch.stack(rows[start : start + batch])
+        ids = torch.stack(rows[start : start + batch]).to(model.device)
         reference = log_probabilities(model, ids, FULL)[:, :-1]
         sums[FULL.name].add(reference, reference, ids[:, 1:])
         for method in methods:
             sums[method.name].add(reference, log_probabilities(model, ids, method)[:, :-1], ids[:, 1:])
         for name, log_probs in found.items():
-            sums[name].add(reference, log_probs[start : start + batch], ids[:, 1:])
+            sums[name].add(reference, log_probs[start : start + batch].to(model.device), ids[:, 1:])
     return sums
