@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from turboquant_core import Attended, CacheCodec, Gathered, KernelRequest, Packed
+from turboquant_core import Attended, CacheCodec, Gathered, KernelRequest, Packed, codec_arguments
 from turboquant_core.testing.cases import PagedCase, page_layout, paged_case, random_query
-from turboquant_triton import TritonProvider, codec_arguments, operators
+from turboquant_triton import TritonProvider
+from turboquant_triton.operators import OPERATORS as CALLS
 
 OPERATORS = torch.ops.turboquant_triton
 LENGTHS = [40, 0, 17]
 DTYPE = torch.float16
 PROVIDER = TritonProvider(portable=True)
+VARIANT = "triton portable"
 BACKENDS = ("eager", "aot_eager")
 
 
@@ -60,25 +62,27 @@ class TestRegistration:
     def test_encode(self, device: torch.device) -> None:
         codec = a_case(device).codec.key
         operands = codec_arguments.codec_tensors(codec), codec_arguments.vector_integers(codec)
-        torch.library.opcheck(OPERATORS.encode, (torch.randn(3, 2, 64, device=device).to(DTYPE), *operands))
+        torch.library.opcheck(OPERATORS.encode, (torch.randn(3, 2, 64, device=device).to(DTYPE), *operands, VARIANT))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_decode(self, dtype: torch.dtype, device: torch.device) -> None:
         codec = a_case(device).codec.key
         packed = PROVIDER.encode(torch.randn(3, 2, 64, device=device), codec)
         operands = codec_arguments.codec_tensors(codec), codec_arguments.vector_integers(codec)
-        torch.library.opcheck(OPERATORS.decode, (*packed, *operands, dtype))
+        torch.library.opcheck(OPERATORS.decode, (*packed, *operands, dtype, VARIANT))
 
     def test_scores(self, device: torch.device) -> None:
         codec = a_case(device).codec.key
         packed = PROVIDER.encode(torch.randn(2, 1, 9, 64, device=device), codec)
         operands = codec_arguments.codec_tensors(codec), codec_arguments.vector_integers(codec)
-        torch.library.opcheck(OPERATORS.scores, (torch.randn(1, 3, 2, 64, device=device), *packed, *operands, 0.5))
+        torch.library.opcheck(
+            OPERATORS.scores, (torch.randn(1, 3, 2, 64, device=device), *packed, *operands, 0.5, VARIANT)
+        )
 
     @pytest.mark.parametrize("value_bits", [3, None])
     def test_store(self, value_bits: int | None, device: torch.device) -> None:
         case = a_case(device, value_bits)
-        arguments = (case.key, case.value, case.pages, case.slots, *codec_operands(case.codec))
+        arguments = (case.key, case.value, case.pages, case.slots, *codec_operands(case.codec), VARIANT)
         torch.library.opcheck(OPERATORS.store, arguments)
 
     @pytest.mark.parametrize("given", [False, True])
@@ -96,7 +100,7 @@ class TestRegistration:
             OPERATORS.attend,
             (
                 query, case.pages, case.block_table, case.seq_lens, *codec_operands(case.codec), 0.1, *options,
-                out, workspace, True,
+                out, workspace, VARIANT,
             ),
         )  # fmt: skip
 
@@ -105,7 +109,7 @@ class TestRegistration:
     def test_gather(self, value_bits: int | None, rotated: bool, device: torch.device) -> None:
         case = a_case(device, value_bits)
         finite = case.pages.clamp(max=100)  # NaN, which unwritten slots hold, equals nothing
-        arguments = (finite, case.block_table, *codec_operands(case.codec), 3, 30, DTYPE, rotated)
+        arguments = (finite, case.block_table, *codec_operands(case.codec), 3, 30, DTYPE, rotated, VARIANT)
         torch.library.opcheck(OPERATORS.gather, arguments)
 
 
@@ -189,7 +193,7 @@ class TestFullGraph:
 def test_eager_calls_do_not_pass_through_the_operators(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's dispatch is host time in every layer of every eager decode step."""
     for name in ("encode", "decode", "scores", "store", "attend", "gather"):
-        monkeypatch.setattr(operators, name, None)
+        monkeypatch.setattr(CALLS, name, None)
     case = a_case(device)
     PROVIDER.store(case.key, case.value, case.pages, case.slots, case.codec)
     query = random_query(case, len(LENGTHS), 2, DTYPE)

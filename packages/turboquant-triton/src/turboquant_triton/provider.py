@@ -9,8 +9,8 @@ from torch import Tensor
 
 from turboquant_core import Attended, CacheCodec, Codec, Gathered, KernelRequest, Packed, PageLayout, VectorLayout
 
-from . import operators
 from .checks import check_rounding
+from .operators import OPERATORS, PROVIDERS
 from .support import permute_supported, unsupported_reason
 
 
@@ -33,6 +33,8 @@ class TritonProvider:
 
     def __init__(self, *, portable: bool = False) -> None:
         self._portable = portable
+        self._variant = f"{self.name} portable" if portable else self.name
+        PROVIDERS[self._variant] = self
 
     def unsupported_reason(self, request: KernelRequest) -> str | None:
         """See :meth:`KernelProvider.unsupported_reason`.
@@ -59,7 +61,7 @@ class TritonProvider:
         """See :meth:`KernelProvider.encode`."""
         check_rounding(codec)
         if torch.compiler.is_compiling():
-            return operators.encode(x, codec)
+            return OPERATORS.encode(self._variant, x, codec)
         from .kernels.encode import encode
 
         return encode(x, codec)
@@ -67,7 +69,7 @@ class TritonProvider:
     def decode(self, packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
         """See :meth:`KernelProvider.decode`."""
         if torch.compiler.is_compiling():
-            return operators.decode(packed, codec, dtype)
+            return OPERATORS.decode(self._variant, packed, codec, dtype)
         from .kernels.decode import decode
 
         return decode(packed, codec, dtype)
@@ -75,7 +77,7 @@ class TritonProvider:
     def scores(self, query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Tensor:
         """See :meth:`KernelProvider.scores`."""
         if torch.compiler.is_compiling():
-            return operators.scores(query, packed, codec, scaling=scaling)
+            return OPERATORS.scores(self._variant, query, packed, codec, scaling=scaling)
         from .kernels.scores import scores
 
         return scores(query, packed, codec, scaling=scaling)
@@ -85,7 +87,7 @@ class TritonProvider:
         for vectors in (codec.key, codec.value):
             check_rounding(vectors)
         if torch.compiler.is_compiling():
-            operators.store(key, value, pages, slot_mapping, codec)
+            OPERATORS.store(self._variant, key, value, pages, slot_mapping, codec)
             return
         from .kernels.store import store
 
@@ -110,7 +112,8 @@ class TritonProvider:
     ) -> Attended:
         """See :meth:`KernelProvider.attend`; fixed grid, no host read: safe in a CUDA graph after a first call."""
         if torch.compiler.is_compiling():
-            return operators.attend(
+            return OPERATORS.attend(
+                self._variant,
                 query,
                 pages,
                 block_table,
@@ -124,7 +127,6 @@ class TritonProvider:
                 sinks=sinks,
                 out=out,
                 workspace=workspace,
-                portable=self._portable,
             )
         from .attend import AttendOptions, attend
 
@@ -163,7 +165,9 @@ class TritonProvider:
     ) -> Gathered:
         """See :meth:`KernelProvider.gather`."""
         if torch.compiler.is_compiling():
-            return operators.gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)
+            return OPERATORS.gather(
+                self._variant, pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated
+            )
         from .kernels.gather import gather
 
         return gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)

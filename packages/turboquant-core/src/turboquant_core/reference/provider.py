@@ -9,16 +9,24 @@ from torch import Tensor
 
 from ..codec import CacheCodec, Codec
 from ..layout import LAYOUT_VERSION
-from ..provider import Attended, Gathered, KernelRequest, Packed
+from ..operators import Operators
+from ..provider import Attended, Gathered, KernelProvider, KernelRequest, Packed
 from . import attend as attention
 from . import pages as page_ops
 from . import vectors
 
+# Lengths and tables are read by the host, which a CUDA graph cannot record. Torch before 2.9 has no such tag.
+_TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
+_PROVIDERS: dict[str, KernelProvider] = {}
+_OPERATORS = Operators("turboquant_reference", _PROVIDERS, _TAGS)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ReferenceProvider:
-    """All six operations in PyTorch. See :class:`turboquant_core.KernelProvider` for shapes and meaning."""
+    """All six operations in PyTorch. See :class:`turboquant_core.KernelProvider` for shapes and meaning.
+
+    Under ``torch.compile`` they are the custom operators ``torch.ops.turboquant_reference``.
+    """
 
     name: ClassVar[str] = "reference"
     priority: ClassVar[int] = 0
@@ -33,18 +41,27 @@ class ReferenceProvider:
 
     def encode(self, x: Tensor, codec: Codec) -> Packed:
         """See :meth:`KernelProvider.encode`."""
+        if torch.compiler.is_compiling():
+            return _OPERATORS.encode(self.name, x, codec)
         return vectors.encode(x, codec)
 
     def decode(self, packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
         """See :meth:`KernelProvider.decode`."""
+        if torch.compiler.is_compiling():
+            return _OPERATORS.decode(self.name, packed, codec, dtype)
         return vectors.decode(packed, codec, dtype)
 
     def scores(self, query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Tensor:
         """See :meth:`KernelProvider.scores`."""
+        if torch.compiler.is_compiling():
+            return _OPERATORS.scores(self.name, query, packed, codec, scaling=scaling)
         return vectors.scores(query, packed, codec, scaling)
 
     def store(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec: CacheCodec) -> None:
         """See :meth:`KernelProvider.store`."""
+        if torch.compiler.is_compiling():
+            _OPERATORS.store(self.name, key, value, pages, slot_mapping, codec)
+            return
         page_ops.store(key, value, pages, slot_mapping, codec)
 
     def attend(
@@ -65,6 +82,23 @@ class ReferenceProvider:
         workspace: Tensor | None = None,
     ) -> Attended:
         """See :meth:`KernelProvider.attend`; needs no workspace."""
+        if torch.compiler.is_compiling():
+            return _OPERATORS.attend(
+                self.name,
+                query,
+                pages,
+                block_table,
+                seq_lens,
+                codec,
+                scaling=scaling,
+                query_start_loc=query_start_loc,
+                seq_starts=seq_starts,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                out=out,
+                workspace=workspace,
+            )
         options = attention.ScoreOptions(scaling, window, softcap, sinks)
         return attention.attend(query, pages, block_table, seq_lens, codec, options, query_start_loc, seq_starts, out)
 
@@ -84,4 +118,11 @@ class ReferenceProvider:
         rotated: bool = False,
     ) -> Gathered:
         """See :meth:`KernelProvider.gather`."""
+        if torch.compiler.is_compiling():
+            return _OPERATORS.gather(
+                self.name, pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated
+            )
         return page_ops.gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)
+
+
+_PROVIDERS[ReferenceProvider.name] = ReferenceProvider()

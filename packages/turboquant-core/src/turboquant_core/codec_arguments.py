@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from turboquant_core import CacheCodec, Codec, PageLayout, RawLayout, VectorLayout
-from turboquant_core.layout import FORMS
-from turboquant_core.scale import SCALE_RULES
+from .codec import CacheCodec, Codec
+from .layout import FORMS, PageLayout, RawLayout, VectorLayout
+from .scale import SCALE_RULES
 
 _RAW = -1
 
