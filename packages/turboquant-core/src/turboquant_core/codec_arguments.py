@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .codec import CacheCodec, Codec
-from .layout import FORMS, PageLayout, RawLayout, VectorLayout
+from .layout import FORMS, ExactRows, PageLayout, RawLayout, VectorLayout
 from .scale import SCALE_RULES
 
 _RAW = -1
@@ -26,14 +26,15 @@ def vector_integers(codec: Codec) -> list[int]:
 
 
 def cache_integers(codec: CacheCodec) -> list[int]:
-    """Layout and scale rules of a cache's codecs: page size and KV heads, then keys, then values."""
+    """Layout and scale rules of a cache's codecs: page size and KV heads, then keys, values and exact rows."""
     layout, key = codec.layout, vector_integers(codec.key)
     if isinstance(layout.value, RawLayout):
         value = [layout.value.head_dim, _RAW, layout.value.itemsize, layout.value.version, _RAW]
     else:
         assert codec.value is not None
         value = vector_integers(codec.value)
-    return [layout.page_size, layout.kv_heads, *key, *value]
+    exact = [layout.exact.first, layout.exact.ring, layout.exact.itemsize]
+    return [layout.page_size, layout.kv_heads, *key, *value, *exact]
 
 
 def codec_tensors(codec: Codec | None) -> list[Tensor]:
@@ -60,7 +61,7 @@ def page_layout(integers: tuple[int, ...]) -> PageLayout:
     page_size, kv_heads = integers[:2]
     key = vector_layout(integers[2:7])
     assert isinstance(key, VectorLayout)
-    return PageLayout(key, vector_layout(integers[7:]), page_size, kv_heads)
+    return PageLayout(key, vector_layout(integers[7:12]), page_size, kv_heads, ExactRows(*integers[12:]))
 
 
 def rebuild_codec(tensors: list[Tensor], integers: list[int]) -> Codec:
@@ -73,5 +74,5 @@ def rebuild_codec(tensors: list[Tensor], integers: list[int]) -> Codec:
 
 def rebuild_cache_codec(key: list[Tensor], value: list[Tensor], integers: list[int]) -> CacheCodec:
     """Inverse of :func:`codec_tensors` of both halves and :func:`cache_integers`."""
-    values = rebuild_codec(value, integers[7:]) if value else None
+    values = rebuild_codec(value, integers[7:12]) if value else None
     return CacheCodec(page_layout(tuple(integers)), rebuild_codec(key, integers[2:7]), values)

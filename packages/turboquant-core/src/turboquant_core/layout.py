@@ -207,23 +207,57 @@ class RawLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class ExactRows:
+    """Tokens of a page that are kept in full precision too, beside their codes.
+
+    Args:
+        first: the tokens at offsets ``0 .. first - 1`` of the page have rows ``0 .. first - 1``.
+        ring: rows that all tokens of the page take in turns: offset ``o`` has row ``first + o % ring``; 0 for none.
+        itemsize: bytes of a coordinate: 2 (fp16, bf16) or 4 (fp32).
+
+    Raises:
+        LayoutError: a field is outside its range.
+    """
+
+    first: int = 0
+    ring: int = 0
+    itemsize: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("first", "ring"):
+            number = getattr(self, name)
+            if type(number) is not int or number < 0:
+                raise LayoutError(f"exact rows: {name} is {number!r}; it must be a number of tokens, 0 for none")
+        if self.itemsize not in (2, 4):
+            raise LayoutError(f"exact rows: itemsize is {self.itemsize}; they have 2 or 4 bytes a coordinate")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a page and KV head, of a key and a value each."""
+        return self.first + self.ring
+
+
+@dataclass(frozen=True, slots=True)
 class PageLayout:
-    """One page: for each KV head a contiguous chunk ``[K codes][V codes][K scales][V scales]``.
+    """One page: for each KV head a contiguous chunk ``[K codes][V codes][K scales][V scales][exact K][exact V]``.
 
     Args:
         key: layout of a key vector.
         value: layout of a value vector; :class:`RawLayout` keeps values in full precision.
         page_size: tokens of a page, a multiple of 16.
         kv_heads: KV heads of the layer.
+        exact: tokens in full precision beside the packed ones; none by default.
 
     Raises:
-        LayoutError: ``page_size`` or ``kv_heads`` is out of range, or the two layouts differ in version.
+        LayoutError: ``page_size`` or ``kv_heads`` is out of range, the two layouts differ in version, or a page has
+            fewer tokens than exact rows of a kind.
     """
 
     key: VectorLayout
     value: VectorLayout | RawLayout
     page_size: int
     kv_heads: int
+    exact: ExactRows = ExactRows()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "page_size", check_page_size(self.page_size))
@@ -231,6 +265,11 @@ class PageLayout:
         if self.key.version != self.value.version:
             raise LayoutError(
                 f"key layout version {self.key.version} differs from value layout version {self.value.version}"
+            )
+        if max(self.exact.first, self.exact.ring) > self.page_size:
+            raise LayoutError(
+                f"page_size is {self.page_size}; {self.exact} need pages of at least "
+                f"{max(self.exact.first, self.exact.ring)} tokens"
             )
 
     @property
@@ -255,13 +294,34 @@ class PageLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token of one KV head, keys and values and scales."""
+        """Bytes of one packed token of one KV head, keys and values and scales."""
         return self.key.nbytes + self.value.nbytes
+
+    @property
+    def exact_key_offset(self) -> int:
+        """First byte of the exact keys inside a chunk: the packed tokens end there."""
+        return self.page_size * self.token_bytes
+
+    @property
+    def exact_value_offset(self) -> int:
+        """First byte of the exact values inside a chunk."""
+        return self.exact_key_offset + self.exact.rows * self.key.head_dim * self.exact.itemsize
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of the exact rows of a chunk, those included that fill them up to whole bytes a token."""
+        values = self.exact.rows * self.value.head_dim * self.exact.itemsize
+        return -(-(self.exact_value_offset + values - self.exact_key_offset) // self.page_size) * self.page_size
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a chunk for each of its tokens: :attr:`token_bytes` and a share of the exact rows."""
+        return self.token_bytes + self.exact_bytes // self.page_size
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one page of one KV head."""
-        return self.page_size * self.token_bytes
+        return self.page_size * self.slot_bytes
 
     @property
     def page_bytes(self) -> int:

@@ -27,7 +27,7 @@ def field_views(pages: Tensor, layout: PageLayout) -> tuple[Packed, Packed]:
     key_codes = pages[..., :value].unflatten(-1, (layout.page_size, layout.key.code_bytes))
     value_codes = pages[..., value:key_scale].unflatten(-1, (layout.page_size, layout.value.code_bytes))
     key_scales = pages[..., key_scale:value_scale].view(torch.float16)
-    value_scales = pages[..., value_scale:].view(torch.float16)
+    value_scales = pages[..., value_scale : layout.exact_key_offset].view(torch.float16)
     return Packed(key_codes, key_scales), Packed(value_codes, value_scales)
 
 

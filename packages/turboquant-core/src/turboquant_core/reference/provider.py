@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..codec import CacheCodec, Codec
-from ..layout import LAYOUT_VERSION
+from ..layout import LAYOUT_VERSION, PageLayout
 from ..operators import Operators
 from ..provider import Attended, Gathered, KernelProvider, KernelRequest, Packed
 from . import attend as attention
+from . import exact, vectors
 from . import pages as page_ops
-from . import vectors
 
 # Lengths and tables are read by the host, which a CUDA graph cannot record. Torch before 2.9 has no such tag.
 _TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
@@ -123,6 +123,38 @@ class ReferenceProvider:
                 self.name, pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated
             )
         return page_ops.gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)
+
+    def store_exact(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, layout: PageLayout) -> None:
+        """See :meth:`turboquant_core.exact.ExactRowsProvider.store_exact`."""
+        exact.store_exact(key, value, pages, slot_mapping, layout)
+
+    def attend_exact(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        codec: CacheCodec,
+        packed: Attended,
+        *,
+        recent: int,
+        scaling: float,
+        query_start_loc: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> Attended:
+        """See :meth:`turboquant_core.exact.ExactRowsProvider.attend_exact`."""
+        return exact.attend_exact(
+            query,
+            pages,
+            block_table,
+            seq_lens,
+            codec,
+            packed,
+            recent=recent,
+            scaling=scaling,
+            query_start_loc=query_start_loc,
+            softcap=softcap,
+        )
 
 
 _PROVIDERS[ReferenceProvider.name] = ReferenceProvider()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codec import CacheCodec, Codec
 from ..halves import by_part, joined
-from ..layout import PageLayout, RawLayout, VectorLayout
+from ..layout import ExactRows, PageLayout, RawLayout, VectorLayout
 from ..reference import ReferenceProvider
 from ..scale import ScaleRule
 
@@ -63,11 +63,12 @@ def page_layout(
     page_size: int = 16,
     kv_heads: int = 2,
     itemsize: int = 2,
+    exact: ExactRows = ExactRows(),  # noqa: B008 (immutable)
 ) -> PageLayout:
     """A page layout in the default forms; ``value_bits=None`` keeps values of ``itemsize`` bytes a coordinate."""
     dim = value_head_dim or head_dim
     value = RawLayout(dim, itemsize) if value_bits is None else VectorLayout(dim, value_bits, "cubic")
-    return PageLayout(VectorLayout(head_dim, key_bits, "int8"), value, page_size=page_size, kv_heads=kv_heads)
+    return PageLayout(VectorLayout(head_dim, key_bits, "int8"), value, page_size, kv_heads, exact)
 
 
 def paged_case(
@@ -90,6 +91,8 @@ def paged_case(
     slots = slots_of(block_table, lengths, layout.page_size)
     pages = torch.full(layout.pages_shape(num_pages), NAN_BYTE, dtype=torch.uint8)
     ReferenceProvider().store(key, value, pages, slots, codec)
+    if layout.exact.rows:
+        ReferenceProvider().store_exact(key, value, pages, slots, layout)
     return PagedCase(
         codec=codec.to(device),
         pages=pages.to(device),

@@ -20,6 +20,7 @@ from ..reference.pages import field_views
 from ..rotation import rotate
 from ..scale import SCALE_RULES
 from .cases import NAN_BYTE, PagedCase, boundary_distance, page_layout, paged_case, random_query, random_vectors
+from .exact import ExactRowsChecks
 from .golden import golden_cases
 from .oracle import attention_oracle, decode_oracle, relative_error
 
@@ -31,7 +32,7 @@ PROPERTY = settings(
 )
 
 
-class ProviderConformance:
+class ProviderConformance(ExactRowsChecks):
     """Subclass with one fixture, ``provider``; set the class attributes to what the provider promises.
 
     Attributes:

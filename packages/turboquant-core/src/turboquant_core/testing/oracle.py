@@ -35,7 +35,7 @@ def decode_oracle(packed: Packed, codec: Codec, *, centered: bool = False) -> Fl
     return np.asarray(decoded)
 
 
-def _page_vectors(pages: Tensor, codec: CacheCodec, dtype: torch.dtype) -> tuple[Float64, Float64]:
+def page_vectors(pages: Tensor, codec: CacheCodec, dtype: torch.dtype) -> tuple[Float64, Float64]:
     """Keys and values of every slot, ``[num_pages, kv_heads, page_size, head_dim]``, sliced byte by byte."""
     layout, raw = codec.layout, pages.cpu()
     lead = (raw.shape[0], layout.kv_heads, layout.page_size)
@@ -70,7 +70,7 @@ def attention_oracle(
     sinks: Tensor | None = None,
 ) -> tuple[Float64, Float64]:
     """Attention over packed pages in float64: out ``[tokens, q_heads, value_head_dim]``, lse ``[tokens, q_heads]``."""
-    keys, values = _page_vectors(pages, codec, query.dtype)
+    keys, values = page_vectors(pages, codec, query.dtype)
     q = query.detach().cpu().double().numpy()
     group = q.shape[1] // codec.layout.kv_heads
     out = np.zeros((*q.shape[:2], values.shape[-1]))
@@ -86,16 +86,17 @@ def attention_oracle(
                 sink = None if sinks is None else float(sinks[head])
                 k = keys[page, head // group, where % codec.layout.page_size]
                 v = values[page, head // group, where % codec.layout.page_size]
-                out[token + i, head], lse[token + i, head] = _one_query(
+                out[token + i, head], lse[token + i, head] = attend_one_query(
                     q[token + i, head], k, v, scaling, softcap, sink
                 )
         token += q_len
     return out, lse
 
 
-def _one_query(
+def attend_one_query(
     q: Float64, k: Float64, v: Float64, scaling: float, softcap: float | None, sink: float | None
 ) -> tuple[Float64, float]:
+    """Output ``[value_head_dim]`` and log-sum-exp of one query ``[head_dim]`` over keys and values ``[n, d]``."""
     scores = scaling * (k @ q)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
