@@ -148,7 +148,7 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         store(key[:, :1], value, pages, slots, codec)
     with pytest.raises(ValueError, match="value is"):
         store(key, value[..., :32], pages, slots, codec)
-    with pytest.raises(ValueError, match="integer vector"):
+    with pytest.raises(ValueError, match="slot_mapping is"):
         store(key, value, pages, slots.float(), codec)
     with pytest.raises(ValueError, match="contiguous"):
         store(key, value, pages[..., 1:], slots, codec)

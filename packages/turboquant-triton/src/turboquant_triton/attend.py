@@ -70,7 +70,19 @@ def attend(
     Raises:
         ValueError: shapes or dtypes do not fit, or the workspace is too small.
     """
-    check_attend(query, pages, block_table, seq_lens, codec.layout, options.window, options.softcap, sinks, out)
+    check_attend(
+        query,
+        pages,
+        block_table,
+        seq_lens,
+        codec.layout,
+        query_start_loc,
+        seq_starts,
+        options.window,
+        options.softcap,
+        sinks,
+        out,
+    )
     check_center(codec, options.softcap, sinks)
     layout = codec.layout
     shape = AttendShape.of(layout, query, seq_lens, query_start_loc is not None, permute)

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 from turboquant_core import Codec, PageLayout
+from turboquant_core.arguments import (
+    check_device,
+    check_out,
+    check_query_shape,
+    check_score_options,
+    check_sequences,
+)
 from turboquant_core.reference.pages import check_pages
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -17,6 +24,13 @@ def check_float(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {x.dtype}; the kernels take float16, bfloat16 or float32")
 
 
+def check_int32(**tensors: Tensor) -> None:
+    """Raise ``ValueError`` for a tensor, named by its keyword, of other integers than the kernels load."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} is {tensor.dtype}; the kernels take torch.int32: convert it with .int()")
+
+
 def check_rounding(codec: Codec | None) -> None:
     """Raise ``ValueError`` for a codec that chooses codes in its own way: the kernels take the nearest level."""
     if codec is not None and type(codec) is not Codec:
@@ -26,19 +40,14 @@ def check_rounding(codec: Codec | None) -> None:
         )
 
 
-def check_same_device(expected: torch.device, **tensors: Tensor | None) -> None:
-    """Raise ``ValueError`` when a tensor is elsewhere: a kernel would read foreign memory."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != expected:
-            raise ValueError(f"{name} is on {tensor.device}, the pages on {expected}: move one with .to()")
-
-
 def check_attend(
     query: Tensor,
     pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
     layout: PageLayout,
+    query_start_loc: Tensor | None,
+    seq_starts: Tensor | None,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -46,26 +55,12 @@ def check_attend(
 ) -> None:
     """Raise ``ValueError`` for arguments of ``attend`` that do not fit the layout or one another."""
     check_pages(pages, layout)
+    check_device(pages.device, "the pages", query=query, sinks=sinks)
     check_float(query, "query")
-    check_same_device(pages.device, query=query, block_table=block_table, seq_lens=seq_lens, sinks=sinks, out=out)
-    if query.dim() != 3 or query.shape[2] != layout.key.head_dim or query.shape[1] % layout.kv_heads:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)}; it must be [tokens, q_heads (a multiple of {layout.kv_heads}), "
-            f"head_dim = {layout.key.head_dim}]"
-        )
-    if seq_lens.dim() != 1 or seq_lens.shape[0] == 0 or seq_lens.dtype != torch.int32:
-        raise ValueError(f"seq_lens is {seq_lens.dtype} {tuple(seq_lens.shape)}; it must be int32 [batch], batch >= 1")
-    if block_table.dim() != 2 or block_table.shape[0] != seq_lens.shape[0] or block_table.dtype != torch.int32:
-        raise ValueError(
-            f"block_table is {block_table.dtype} {tuple(block_table.shape)}; it must be int32 "
-            f"[batch = {seq_lens.shape[0]}, max_pages]"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1 or None")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive or None")
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise ValueError(f"sinks have shape {tuple(sinks.shape)}; they must be [q_heads = {query.shape[1]}]")
-    expected = (*query.shape[:2], layout.value.head_dim)
-    if out is not None and (tuple(out.shape) != expected or out.dtype != query.dtype or not out.is_contiguous()):
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; it must be contiguous {query.dtype} {expected}")
+    check_query_shape(query, layout)
+    check_sequences(query, block_table, seq_lens, query_start_loc, seq_starts)
+    check_int32(block_table=block_table, seq_lens=seq_lens)
+    check_score_options(query.shape[1], window, softcap, sinks)
+    check_out(out, query, layout)
+    if out is not None and not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}; the kernels write contiguous memory: pass out.contiguous()")

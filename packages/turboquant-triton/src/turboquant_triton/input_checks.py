@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from turboquant_core import CacheCodec, Codec, Packed, PageLayout, RawLayout, VectorLayout
+from turboquant_core.arguments import check_device, check_integers
 from turboquant_core.reference.pages import check_pages
 from turboquant_core.reference.vectors import check_packed
 
-from .checks import check_same_device
 from .launch import check_packable
 
 
@@ -20,9 +20,8 @@ def check_store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor,
     """
     layout = codec.layout
     check_pages(pages, layout)
-    check_same_device(
-        pages.device, key=key, value=value, slot_mapping=slot_mapping, **{"the codec's signs": codec.key.signs}
-    )
+    check_device(pages.device, "the pages", key=key, value=value, slot_mapping=slot_mapping)
+    check_device(codec.key.device, "the codec", pages=pages)
     _check_layout(layout)
     _check_vectors(key, value, slot_mapping, layout)
     if codec.value is None and value.element_size() * value.shape[-1] != layout.value.code_bytes:
@@ -38,11 +37,10 @@ def check_gather(
     layout = codec.layout
     check_pages(pages, layout)
     _check_layout(layout)
-    check_same_device(pages.device, block_table=block_table, **{"the codec's signs": codec.key.signs})
-    if block_table.dim() != 2 or block_table.is_floating_point():
-        raise ValueError(
-            f"block_table is {block_table.dtype} {tuple(block_table.shape)}; it must be int32 [batch, max_pages]"
-        )
+    check_device(codec.key.device, "the codec", pages=pages, block_table=block_table)
+    check_integers(block_table=block_table)
+    if block_table.dim() != 2:
+        raise ValueError(f"block_table has shape {tuple(block_table.shape)}; it must be [batch, max_pages]")
     limit = block_table.shape[1] * layout.page_size
     if not 0 <= start <= stop <= limit:
         raise ValueError(f"token range {start}..{stop} does not lie in the 0..{limit} tokens of the block table")
@@ -68,10 +66,9 @@ def _check_layout(layout: PageLayout) -> None:
 
 
 def _check_vectors(key: Tensor, value: Tensor, slot_mapping: Tensor, layout: PageLayout) -> None:
-    if slot_mapping.dim() != 1 or slot_mapping.is_floating_point():
-        raise ValueError(
-            f"slot_mapping is {slot_mapping.dtype} {tuple(slot_mapping.shape)}; it must be an integer vector"
-        )
+    check_integers(slot_mapping=slot_mapping)
+    if slot_mapping.dim() != 1:
+        raise ValueError(f"slot_mapping has shape {tuple(slot_mapping.shape)}; it must be [tokens]")
     for name, x, head_dim in (("key", key, layout.key.head_dim), ("value", value, layout.value.head_dim)):
         expected = (slot_mapping.shape[0], layout.kv_heads, head_dim)
         if tuple(x.shape) != expected or not x.is_floating_point():
