@@ -48,6 +48,24 @@ def token_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
+def check_appended(keys: Tensor, values: Tensor, batch: int, layout: PageLayout) -> None:
+    """Raise ``ValueError`` unless both are tokens of ``batch`` sequences that ``layout`` has room for."""
+    _check_appended(keys, "keys", batch, layout.kv_heads, layout.key.head_dim)
+    _check_appended(values, "values", batch, layout.kv_heads, layout.value.head_dim)
+    if keys.shape[2] != values.shape[2]:
+        raise ValueError(f"keys are {tuple(keys.shape)} but values {tuple(values.shape)}; tokens must be equal")
+
+
+def _check_appended(tensor: Tensor, name: str, batch: int, kv_heads: int, head_dim: int) -> None:
+    check_tensors(**{name: tensor})
+    expected = (batch, kv_heads, "tokens", head_dim)
+    shape = tuple(tensor.shape)
+    if len(shape) != 4 or any(want not in (got, "tokens") for want, got in zip(expected, shape, strict=True)):
+        raise ValueError(f"{name} have shape {shape}; they must be {expected}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} are {tensor.dtype}; they must be floating-point")
+
+
 @dataclass(frozen=True, slots=True)
 class PackedPast:
     """What the pages hold at one moment; later appends and growth do not change it, a crop with an append does.
@@ -81,6 +99,7 @@ class PackedPast:
         query: Tensor,
         *,
         scaling: float,
+        end: int | Tensor | None = None,
         seq_starts: Tensor | None = None,
         window: int | None = None,
         softcap: float | None = None,
@@ -90,6 +109,7 @@ class PackedPast:
 
         Args:
             query: ``[batch, q_heads, q_len, head_dim]``; ``q_heads`` a multiple of ``kv_heads``.
+            end: keys that are stored, as a number or an integer scalar on the device; None for ``length``.
             scaling: multiplier of Q K^T.
             seq_starts: int32 ``[batch]``, first visible position; None for 0.
             window: see :meth:`KernelProvider.attend`.
@@ -103,11 +123,10 @@ class PackedPast:
             ValueError: wrong shape, or more queries than tokens stored.
         """
         self.check_query(query, self.length)
-        lengths = torch.full((query.shape[0],), self.length, dtype=torch.int32, device=query.device)
         return self._attend(
             query,
             self.block_table,
-            lengths,
+            self._lengths(self.length if end is None else end),
             scaling=scaling,
             seq_starts=seq_starts,
             window=window,
@@ -132,6 +151,12 @@ class PackedPast:
         """
         rows = self.block_table.repeat_interleave(query.shape[2], dim=0)
         return self._attend(query, rows, seq_lens, scaling=scaling, seq_starts=seq_starts, softcap=softcap)
+
+    def _lengths(self, end: int | Tensor) -> Tensor:
+        batch = self.block_table.shape[0]
+        if isinstance(end, Tensor):
+            return end.to(torch.int32).expand(batch).contiguous()
+        return torch.full((batch,), end, dtype=torch.int32, device=self.block_table.device)
 
     def _attend(self, query: Tensor, block_table: Tensor, seq_lens: Tensor, **options: Any) -> Attended:
         batch, q_heads, q_len, _ = query.shape
@@ -278,19 +303,7 @@ class PackedSequences:
 
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Raise ``ValueError`` unless both may be appended."""
-        self._check(keys, "keys", self.layout.key.head_dim)
-        self._check(values, "values", self.layout.value.head_dim)
-        if keys.shape[2] != values.shape[2]:
-            raise ValueError(f"keys are {tuple(keys.shape)} but values {tuple(values.shape)}; tokens must be equal")
-
-    def _check(self, tensor: Tensor, name: str, head_dim: int) -> None:
-        check_tensors(**{name: tensor})
-        expected = (self.batch, self.layout.kv_heads, "tokens", head_dim)
-        shape = tuple(tensor.shape)
-        if len(shape) != 4 or any(want not in (got, "tokens") for want, got in zip(expected, shape, strict=True)):
-            raise ValueError(f"{name} have shape {shape}; they must be {expected}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} are {tensor.dtype}; they must be floating-point")
+        check_appended(keys, values, self.batch, self.layout)
 
     def _reserve(self, tokens: int) -> None:
         capacity = self._block_table.shape[1]

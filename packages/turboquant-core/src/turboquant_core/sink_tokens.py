@@ -33,14 +33,13 @@ class SinkTokens:
         """True bytes."""
         return sum(x.nbytes for x in self.kept) if self.count else 0
 
-    def place(self, starts: Tensor | None, length: int) -> None:
+    def place(self, starts: Tensor | None, length: int | Tensor) -> None:
         """Learn first visible positions; only of sequences of which nothing among the ``length`` tokens is visible."""
-        if length == 0:
-            self.starts = torch.zeros_like(self.starts)
+        self.starts = self.starts * (length != 0)
         if starts is not None:
             self.starts = torch.where(self.starts >= length, starts.to(self.starts), self.starts)
 
-    def take(self, keys: Tensor, values: Tensor, length: int) -> None:
+    def take(self, keys: Tensor, values: Tensor, length: int | Tensor) -> None:
         """Copy those of the coming tokens, at positions from ``length`` on, that are sinks."""
         if not self.count or not keys.shape[2]:
             return

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from .codec import CacheCodec
-from .dense import attend_dense
 from .layout import PageLayout
-from .merge import merge_attended
 from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
-from .provider import Attended, Gathered, KernelProvider
+from .provider import Gathered, KernelProvider
 from .sink_tokens import SinkTokens
+from .split_past import SplitPast
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowedPast:
+class WindowedPast(SplitPast):
     """What windowed sequences hold at one moment; see :class:`PackedPast`.
 
     Attributes:
@@ -66,107 +65,35 @@ class WindowedPast:
     @property
     def length(self) -> int:
         """Tokens of each sequence."""
-        return self.packed.length + self.recent.keys.shape[2]
+        return self.packed.length + self.recent_tokens
 
     @property
-    def codec(self) -> CacheCodec:
-        """Codecs of the packed tokens."""
-        return self.packed.codec
+    def end(self) -> int:
+        """As ``length``."""
+        return self.length
 
     @property
-    def batch(self) -> int:
-        """Sequences."""
-        return self.packed.block_table.shape[0]
+    def border(self) -> int:
+        """Packed tokens."""
+        return self.packed.length
 
     @property
-    def device(self) -> torch.device:
-        """Where everything is."""
-        return self.packed.pages.device
+    def recent_tokens(self) -> int:
+        """Tokens that are not packed."""
+        return self.recent.keys.shape[2]
+
+    def recent_at(self) -> tuple[Gathered, Tensor]:
+        """See :meth:`SplitPast.recent_at`."""
+        return self.recent, torch.arange(self.border, self.length, device=self.device)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
         """As :meth:`PackedPast.read`; tokens in a window are exact."""
         if not 0 <= start <= stop <= self.length:
             raise ValueError(f"range {start}..{stop} leaves the cache, which holds {self.length} tokens")
-        border = self.packed.length
-        first = min(start, border)
-        old = self.sinks.overlay(self.packed.read(first, min(stop, border), dtype), first)
-        recent = slice(max(start - border, 0), max(stop - border, 0))
+        first = min(start, self.border)
+        old = self.sinks.overlay(self.packed.read(first, min(stop, self.border), dtype), first)
+        recent = slice(max(start - self.border, 0), max(stop - self.border, 0))
         return Gathered(*(torch.cat((x, y[:, :, recent].to(dtype)), 2) for x, y in zip(old, self.recent, strict=True)))
-
-    def attend(
-        self,
-        query: Tensor,
-        *,
-        scaling: float,
-        seq_starts: Tensor | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Attended:
-        """As :meth:`PackedPast.attend`: packed and exact tokens apart, merged by log-sum-exp."""
-        if not self.sinks.count and not self.recent.keys.shape[2]:
-            return self.packed.attend(
-                query, scaling=scaling, seq_starts=seq_starts, window=window, softcap=softcap, sinks=sinks
-            )
-        self.packed.check_query(query, self.length)
-        starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
-        exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
-        if self.packed.length == 0:
-            return exact
-        return merge_attended(self._attend_packed(query, starts, window, scaling=scaling, softcap=softcap), exact)
-
-    def _positions(self, q_len: int) -> Tensor:
-        return torch.arange(self.length - q_len, self.length, device=self.sinks.starts.device)
-
-    def _attend_exact(
-        self,
-        query: Tensor,
-        starts: Tensor,
-        window: int | None,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Attended:
-        """Over the sinks that are not recent too, and the recent tokens."""
-        keys, values = (torch.cat(pair, 2) for pair in zip(self.sinks.kept, self.recent, strict=True))
-        center = self.packed.codec.key.center
-        if center is not None:
-            # Packed scores lack the centre, and both parts must lack it to be merged.
-            keys = keys.float() - center.unsqueeze(1)
-        visible = self._visible(starts, window, query.shape[2])
-        out, lse = attend_dense(query, keys, values, visible, scaling=scaling, softcap=softcap, sinks=sinks)
-        return Attended(out.to(query.dtype), lse)
-
-    def _visible(self, starts: Tensor, window: int | None, q_len: int) -> Tensor:
-        """Bool ``[batch, q_len, sinks + recent]``."""
-        border, length = self.packed.length, self.length
-        first = self.sinks.positions()
-        # A sink that has not left the recent window would count twice.
-        first = torch.where(first < border, first, length)
-        recent = torch.arange(border, length, device=starts.device).expand(len(starts), -1)
-        key = torch.cat((first, recent), 1).unsqueeze(1)
-        query = self._positions(q_len).view(1, -1, 1)
-        visible = (key <= query) & (key >= starts.view(-1, 1, 1))
-        return visible if window is None else visible & (key > query - window)
-
-    def _attend_packed(
-        self, query: Tensor, starts: Tensor, window: int | None, *, scaling: float, softcap: float | None
-    ) -> Attended:
-        border, q_len = self.packed.length, query.shape[2]
-        if self.sinks.count:
-            starts = torch.maximum(starts, self.sinks.starts + self.sinks.count).clamp(max=border)
-        if border == self.length:
-            return self.packed.attend(query, scaling=scaling, seq_starts=starts.int(), window=window, softcap=softcap)
-        # Queries stand beyond the last packed token, each at its own distance: each is a sequence of its own.
-        positions = self._positions(q_len)
-        lengths = (positions + 1).clamp(max=border).repeat(len(starts))
-        first = starts.repeat_interleave(q_len)
-        if window is not None:
-            first = torch.maximum(first, (positions - window + 1).repeat(len(starts)))
-        return self.packed.attend_rows(
-            query, lengths.int(), torch.minimum(first, lengths).int(), scaling=scaling, softcap=softcap
-        )
 
 
 class WindowedSequences:
