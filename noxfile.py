@@ -4,8 +4,8 @@ What works on the checkout runs in one environment, ``.nox/dev``, so that torch 
 install is tested in environments of its own: minimum versions, wheels, wheels together with a third-party provider.
 
 Environment variables:
-    TORCH_INDEX: the index to take torch from, in place of the choice that ``torch_source`` makes; empty for no index
-        but those that pip is configured with.
+    TORCH_INDEX: the index to take torch from, in place of the choice that ``cpu_torch`` makes; empty for no index but
+        those that pip is configured with. Either way, whatever build pip finds there is taken.
     MINIMUM_TORCH: the torch version that ``tests-core-minimums`` installs in place of the pinned one.
     GPU_PYTHON: the interpreter of ``tests-gpu``; the one that runs nox where it is not set.
 """
@@ -69,34 +69,48 @@ def group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PYPROJECT, name)
 
 
-def pinned(requirement: str) -> str:
-    (version,) = re.findall(rf"^{requirement}==(\S+)$", CONSTRAINTS.read_text(), flags=re.MULTILINE)
+def pinned(requirement: str, constraints: Path = CONSTRAINTS) -> str:
+    (version,) = re.findall(rf"^{requirement}==(\S+)$", constraints.read_text(), flags=re.MULTILINE)
     return version
 
 
 @cache
-def offers_cpu_build(python: str) -> bool:
-    command = [python, "-m", "pip", "index", "versions", "torch"]
+def finds(python: str, version: str, *options: str) -> bool:
+    """Whether pip, with ``options``, finds a version of torch for an interpreter."""
+    command = [python, "-m", "pip", "--retries", "1", "index", "versions", "torch", *options]
     listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return f"{pinned('torch')}+cpu" in listed
+    return version in re.split(r"[\s,()]+", listed)
 
 
-def torch_source(session: nox.Session) -> list[str]:
-    """Options that make pip find the CPU build of torch.
+def cpu_torch(session: nox.Session, constraints: Path) -> list[str]:
+    """Arguments that make pip install the CPU build of torch, or nothing at all.
 
-    The torch on PyPI for Linux is the CUDA build, gigabytes that no session here uses. Nothing is added where pip's
+    The torch on PyPI for Linux is the CUDA build, gigabytes that no session here uses. No index is added where pip's
     own configuration (a mirror, a folder of wheels) already offers the CPU build.
     """
     chosen = os.environ.get("TORCH_INDEX")
     if chosen is not None:
         return ["--extra-index-url", chosen] if chosen else []
-    if sys.platform != "linux" or offers_cpu_build(f"{session.bin}/python"):
+    if sys.platform != "linux":
         return []
-    return ["--extra-index-url", TORCH_CPU_INDEX]
+    python, version = f"{session.bin}/python", f"{pinned('torch', constraints)}+cpu"
+    for options in ([], ["--extra-index-url", TORCH_CPU_INDEX]):
+        if finds(python, version, *options):
+            return [*options, f"torch=={version}"]
+    session.error(
+        f"torch {version} is found neither where pip is configured to look nor at {TORCH_CPU_INDEX}, and PyPI's build is "
+        "for CUDA: set TORCH_INDEX to an index that has a CPU build, or to nothing to take whatever pip finds"
+    )
 
 
 def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
-    session.install("-c", str(constraints), *torch_source(session), *requirements)
+    """Install what needs torch."""
+    session.install("-c", str(constraints), *cpu_torch(session, constraints), *requirements)
+
+
+def install_tools(session: nox.Session, *requirements: str) -> None:
+    """Install what needs no torch."""
+    session.install("-c", str(CONSTRAINTS), *requirements)
 
 
 def editable(*packages: str) -> list[str]:
@@ -133,7 +147,7 @@ def dev(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, banned imports and formatting."""
-    install(session, *group("lint"))
+    install_tools(session, *group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -238,11 +252,24 @@ def tests_vllm(session: nox.Session, vllm: str) -> None:
 @nox.session
 def build(session: nox.Session) -> None:
     """Source distribution and wheel of each package in dist/, and a look at what is in them."""
-    install(session, *group("build"))
+    install_tools(session, *group("build"))
     shutil.rmtree(DIST, ignore_errors=True)
     for package in NEEDS:
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(DIST), folder(package), silent=True)
     session.run("python", "tools/check_distributions.py", str(DIST))
+
+
+@nox.session(default=False)
+def version(session: nox.Session) -> None:
+    """Version of a package, or a new one: ``nox -s version -- core minor``."""
+    if not session.posargs or session.posargs[0] not in NEEDS:
+        session.error(
+            f"name a package, one of {', '.join(NEEDS)}, and to change its version patch, minor, major or x.y.z"
+        )
+    package, *wanted = session.posargs
+    install_tools(session, *group("build"))
+    with session.chdir(folder(package)):
+        session.run("python", "-m", "hatchling", "version", *wanted)
 
 
 @nox.session(requires=["build"], reuse_venv=False)
@@ -267,7 +294,7 @@ def smoke(session: nox.Session, package: str) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation; a broken link or an unknown name fails."""
-    install(session, *group("docs"))
+    install_tools(session, *group("docs"))
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
