@@ -94,13 +94,14 @@ def cpu_torch(session: nox.Session, constraints: Path) -> list[str]:
     if sys.platform != "linux":
         return []
     python, version = f"{session.bin}/python", f"{pinned('torch', constraints)}+cpu"
-    for options in ([], ["--extra-index-url", TORCH_CPU_INDEX]):
-        if finds(python, version, *options):
-            return [*options, f"torch=={version}"]
-    session.error(
-        f"torch {version} is found neither where pip is configured to look nor at {TORCH_CPU_INDEX}, and PyPI's build is "
-        "for CUDA: set TORCH_INDEX to an index that has a CPU build, or to nothing to take whatever pip finds"
-    )
+    sources: list[list[str]] = [[], ["--extra-index-url", TORCH_CPU_INDEX]]
+    source = next((options for options in sources if finds(python, version, *options)), None)
+    if source is None:
+        session.error(
+            f"torch {version} is neither where pip is configured to look nor at {TORCH_CPU_INDEX}, and PyPI's build is "
+            "for CUDA: set TORCH_INDEX to an index that has a CPU build, or to nothing to take whatever pip finds"
+        )
+    return [*source, f"torch=={version}"]
 
 
 def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
