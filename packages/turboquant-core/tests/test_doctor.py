@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,7 +257,7 @@ def test_command_says_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.fixture
 def without_transformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(name: str) -> Any:
-        raise ImportError(name)
+        raise ImportError(f"No module named {name!r}")
 
     simulation.transformers.cache_clear()
     monkeypatch.setattr(simulation.importlib, "import_module", refuse)
@@ -267,4 +268,17 @@ def without_transformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("without_transformers")
 def test_without_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", str(TINY)]) == cli.FAILED
-    assert "pip install 'transformers>=5.5'" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "the doctor runs models with Transformers (No module named 'transformers')" in shown
+    assert shown.endswith("pip install 'transformers>=5.5'\n")
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.4.9"])
+@pytest.mark.usefixtures("without_transformers")
+def test_with_transformers_that_are_too_old(
+    version: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = SimpleNamespace(__version__=version)
+    monkeypatch.setattr(simulation.importlib, "import_module", lambda _: library)
+    assert cli.main(["doctor", str(TINY)]) == cli.FAILED
+    assert f"Transformers is {version}, too old" in capsys.readouterr().err

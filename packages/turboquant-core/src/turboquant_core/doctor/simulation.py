@@ -23,6 +23,10 @@ CHUNK_TOKENS = 32
 
 
 class DoctorError(TurboQuantError, RuntimeError):
+OLDEST_TRANSFORMERS = (5, 5)
+_INSTALL = "pip install 'transformers>={}.{}'".format(*OLDEST_TRANSFORMERS)
+
+
     """The doctor cannot examine what it was given."""
 
 
@@ -31,12 +35,15 @@ def transformers() -> Any:
     """The package, imported when it is first needed.
 
     Raises:
-        DoctorError: it is not installed.
+        DoctorError: it cannot be imported, or is too old.
     """
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise DoctorError("the doctor runs models with Transformers: pip install 'transformers>=5.5'") from error
+        raise DoctorError(f"the doctor runs models with Transformers ({error}): {_INSTALL}") from error
+    if tuple(map(int, library.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
+        raise DoctorError(f"Transformers is {library.__version__}, too old for the doctor: {_INSTALL}")
+    return library
 
 
 @dataclass(frozen=True, slots=True)
