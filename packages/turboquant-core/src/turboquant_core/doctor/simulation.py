@@ -22,11 +22,11 @@ CHUNK_TOKENS = 32
 """Tokens of a forward pass where a recent window has to be seen: those before them are read from the cache."""
 
 
-class DoctorError(TurboQuantError, RuntimeError):
 OLDEST_TRANSFORMERS = (5, 5)
 _INSTALL = "pip install 'transformers>={}.{}'".format(*OLDEST_TRANSFORMERS)
 
 
+class DoctorError(TurboQuantError, RuntimeError):
     """The doctor cannot examine what it was given."""
 
 
@@ -38,7 +38,7 @@ def transformers() -> Any:
         DoctorError: it cannot be imported, or is too old.
     """
     try:
-        return importlib.import_module("transformers")
+        library = importlib.import_module("transformers")
     except ImportError as error:
         raise DoctorError(f"the doctor runs models with Transformers ({error}): {_INSTALL}") from error
     if tuple(map(int, library.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
