@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turboquant_core import Codec, ReferenceProvider, VectorLayout
 from turboquant_core.codec import KEY_STREAM, VALUE_STREAM
-from turboquant_core.scale import ScaleRule
+from turboquant_core.scale import CACHE_RULE, ScaleRule
 from turboquant_core.shaping import shaped
 from turboquant_core.trellis import TurboQuantTrellis
 
@@ -110,7 +110,7 @@ class Codecs:
     def key(
         self,
         bits: float,
-        rule: ScaleRule = "unbiased",
+        rule: ScaleRule = CACHE_RULE,
         *,
         center: list[Tensor] | None = None,
         shape: bool = False,
@@ -123,16 +123,16 @@ class Codecs:
     def value(
         self,
         bits: float,
-        rule: ScaleRule = "least_squares",
+        rule: ScaleRule = CACHE_RULE,
         *,
         shape: bool = False,
         stream: int = VALUE_STREAM,
         seed_of: Callable[[int], int] | None = None,
     ) -> Packed:
-        """The format's values; ``shape`` by the output projection, with the unbiased scale that this takes."""
+        """The format's values; ``shape`` by the output projection."""
         weights = self.calibration.output_moment if shape else None
         layout = VectorLayout(self.head_dim, bits, VALUE_FORM)
-        return self._packed(layout, "unbiased" if shape else rule, stream, None, weights, seed_of)
+        return self._packed(layout, rule, stream, None, weights, seed_of)
 
     def _packed(
         self,
@@ -165,13 +165,13 @@ class Codecs:
     def trellis(self, name: str, bits: int, *, centre: bool = False) -> Method:
         """Keys and values as trellis-coded sequences."""
 
-        def coded(rule: ScaleRule, stream: int, centers: list[Tensor] | None) -> Trellis:
+        def coded(stream: int, centers: list[Tensor] | None) -> Trellis:
             own = [None] * self.layers if centers is None else centers
-            options: dict[str, Any] = {"scale_rule": rule, "stream": stream, "device": self.calibration.device}
+            options: dict[str, Any] = {"scale_rule": "unbiased", "stream": stream, "device": self.calibration.device}
             return Trellis([TurboQuantTrellis(self.head_dim, bits, self.seed, center=c, **options) for c in own])
 
-        key = coded("unbiased", KEY_STREAM, self.calibration.key_mean if centre else None)
-        return Method(name, key, coded("least_squares", VALUE_STREAM, None))
+        key = coded(KEY_STREAM, self.calibration.key_mean if centre else None)
+        return Method(name, key, coded(VALUE_STREAM, None))
 
     def slow_offset(self, times: float) -> list[Tensor]:
         """Vectors ``[kv_heads, head_dim]`` on the slowest rotary channels, ``times`` the keys' mean norm.

@@ -44,7 +44,7 @@ def trellis(codecs: Codecs) -> list[Method]:
 
 def scale_rules(codecs: Codecs) -> list[Method]:
     """Each rule for keys with exact values, and for values with exact keys."""
-    rules = ("unbiased", "renorm", "least_squares", "norm")
+    rules = ("searched", "unbiased", "renorm", "least_squares", "norm")
     keys = [Method(f"keys {b} bit, {rule}", codecs.key(b, rule), RAW) for b in WIDTHS for rule in rules]
     values = [Method(f"values {b} bit, {rule}", RAW, codecs.value(b, rule)) for b in WIDTHS for rule in rules]
     return keys + values

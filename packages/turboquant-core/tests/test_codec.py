@@ -35,7 +35,7 @@ def test_codec_holds_signs_and_codebook() -> None:
 def test_cache_codec_keeps_keys_and_values_apart() -> None:
     codec = CacheCodec.create(PAGE, seed=5)
     assert codec.value is not None
-    assert (codec.key.scale_rule, codec.value.scale_rule) == ("unbiased", "least_squares")
+    assert (codec.key.scale_rule, codec.value.scale_rule) == ("searched", "searched")
     assert not torch.equal(codec.key.signs, codec.value.signs[:64])
     raw = PageLayout(PAGE.key, RawLayout(96), page_size=16, kv_heads=2)
     assert CacheCodec.create(raw).value is None

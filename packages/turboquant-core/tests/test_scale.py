@@ -1,4 +1,4 @@
-"""The four scale rules against float64, and what is stored."""
+"""The scale rules against float64, and what is stored."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def expected_scale(z: torch.Tensor, levels: torch.Tensor, rule: str) -> float:
         "least_squares": inner / power,
         "renorm": math.sqrt(energy / power),
         "norm": math.sqrt(energy / len(z)),
+        "searched": energy / inner,
     }[rule]
 
 

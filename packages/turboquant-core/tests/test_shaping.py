@@ -58,7 +58,7 @@ def test_no_move_of_one_coordinate_improves_a_settled_vector() -> None:
     weight, x = weight_of(HEAD_DIM), vectors(3)
     codec = shaped(plain_codec(2), weight, sweeps=50)
     unit = codec_unit(x, codec)
-    codes, best = codec.nearest_codes(unit), float("inf")
+    codes, best = codec.codes_of(unit), float("inf")
     settled = error_of(unit, codec, codes)
     for i in range(HEAD_DIM):
         for step in (-1, 1):
@@ -128,7 +128,7 @@ def test_bad_arguments(change: dict, message: str) -> None:
 
 def test_other_scale_rules_are_refused() -> None:
     codec = Codec.create(VectorLayout(HEAD_DIM, 3, "cubic"), scale_rule="least_squares")
-    with pytest.raises(ValueError, match="need 'unbiased'"):
+    with pytest.raises(ValueError, match="need 'searched' or 'unbiased'"):
         shaped(codec, weight_of(HEAD_DIM))
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import LayoutError, Packed, TurboQuantMSE, format_codebook, rotate, rotation_signs, unrotate
-from turboquant_core.scale import SCALE_RULES, ScaleRule
+from turboquant_core.scale import ScaleRule
 from turboquant_core.trellis import TRELLIS_BITS, TrellisLayout, TurboQuantTrellis, trellis_code, trellis_constants
 from turboquant_core.trellis.code import MEMORY, TrellisCode
 from turboquant_core.trellis.golden import document, golden_text
@@ -27,6 +27,7 @@ from turboquant_core.trellis.optimise import (
     to_int8,
     train,
 )
+from turboquant_core.trellis.quantizer import TRELLIS_RULES
 from turboquant_core.trellis.viterbi import nearest_sequence
 
 LIMIT = {2: 0.080, 3: 0.0215}
@@ -148,7 +149,7 @@ def test_search_against_every_path(bits: int) -> None:
         torch.testing.assert_close(error, best, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("rule", TRELLIS_RULES)
 def test_scale_rules(rule: ScaleRule) -> None:
     x = gaussian(200, 64) * 3
     quantizer = TurboQuantTrellis(64, 2, scale_rule=rule)
@@ -281,6 +282,7 @@ def test_layouts_that_do_not_exist(call: Any, message: str) -> None:
     ("call", "message"),
     [
         (bad(scale_rule="best"), "'best'"),
+        (bad(scale_rule="searched"), "choose one of unbiased, least_squares, renorm, norm$"),
         (bad(center=torch.zeros(64)), "center is"),
         (lambda: TurboQuantTrellis(64, 2).encode(torch.zeros(2, 32)), "head_dim = 64"),
         (lambda: TurboQuantTrellis(64, 2).encode(torch.zeros(2, 64, dtype=torch.int32)), "int32"),

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from turboquant_core import VectorLayout
+from turboquant_core.scale import CACHE_RULE
 from turboquant_core.testing.cases import page_layout
 from turboquant_triton.kernels.decode import decode_kernel
 from turboquant_triton.kernels.encode import encode_kernel
@@ -88,9 +89,8 @@ def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str,
             bits, form = layout.bits, layout.form
             part = {"COLUMNS": part_columns(layout)}
             shape = {"D": head_dim, "BITS": bits_code(layout), "INT8": form == "int8", **block}
-            rule = "unbiased" if form == "int8" else "least_squares"
             label = f"{bits}-bit {form}, {name} rows"
-            yield f"encode {label}", encode_kernel, encode_constants({**shape, **part}, rule), options
+            yield f"encode {label}", encode_kernel, encode_constants({**shape, **part}), options
             decoded = {
                 **shape,
                 "WIDTH": decode_columns(head_dim),
@@ -118,9 +118,9 @@ def vector_layouts(head_dim: int) -> list[VectorLayout]:
     return [VectorLayout(head_dim, bits, form) for bits, form in wanted]
 
 
-def encode_constants(shape: dict[str, Any], rule: str) -> dict[str, Any]:
-    """Compile-time arguments of encode for 16-bit input."""
-    return {**shape, "RULE": rule, "HAS_CENTER": False, "SPLIT": False}
+def encode_constants(shape: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of encode for 16-bit input, codes and scale as caches take them."""
+    return {**shape, "RULE": CACHE_RULE, "HAS_CENTER": False, "SPLIT": False}
 
 
 def page_constants(head_dim: int, bits: float) -> dict[str, int]:
@@ -134,8 +134,8 @@ def store_constants(head_dim: int, block: int) -> dict[str, Any]:
     """Compile-time arguments of store for 4-bit keys and values in their default forms."""
     layout = page_layout(4, 4, head_dim, kv_heads=8)
     key = {"D": head_dim, "BITS": 4, "INT8": True, "COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8"))}
-    key = encode_constants(key, "unbiased")
-    value = {"VALUE_DIM": head_dim, "VALUE_BITS": 4, "VALUE_INT8": False, "VALUE_RULE": "least_squares"}
+    key = encode_constants(key)
+    value = {"VALUE_DIM": head_dim, "VALUE_BITS": 4, "VALUE_INT8": False, "VALUE_RULE": CACHE_RULE}
     value |= {
         "VALUE_SPLIT": False,
         "VALUE_COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8")),

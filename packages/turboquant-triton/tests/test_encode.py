@@ -14,7 +14,7 @@ from turboquant_core.reference import ReferenceProvider
 from turboquant_core.rotation import rotate
 from turboquant_core.scale import SCALE_RULES
 from turboquant_core.shaping import shaped
-from turboquant_core.testing.cases import boundary_distance, random_vectors
+from turboquant_core.testing.cases import code_distance, random_vectors
 from turboquant_triton import TritonProvider
 from turboquant_triton.kernels.encode import encode
 
@@ -36,7 +36,7 @@ def near_boundary(x: Tensor, codec: Codec) -> Tensor:
     center = 0.0 if codec.center is None else codec.center
     rotated = rotate(x.double() - center, codec.signs)
     unit = rotated / rotated.square().mean(-1, keepdim=True).sqrt()
-    return boundary_distance(unit, codec) <= BOUNDARY * unit.abs().clamp(min=1)
+    return code_distance(unit, codec) <= BOUNDARY * unit.abs().clamp(min=1)
 
 
 def assert_same(got: Packed, expected: Packed, x: Tensor, codec: Codec) -> None:

@@ -12,7 +12,8 @@ from .errors import LayoutError
 from .halves import by_part, joined
 from .layout import PageLayout, RawLayout, VectorLayout, check_version
 from .rotation import rotation_signs
-from .scale import ScaleRule, check_scale_rule
+from .scale import CACHE_RULE, ScaleRule, check_scale_rule
+from .search import searched_codes
 
 KEY_STREAM = 0
 VALUE_STREAM = 1
@@ -90,6 +91,12 @@ class Codec:
         sizes = [1 << part.width for part in self.layout.parts]
         return tuple(zip(self.levels.split(sizes), self.boundaries.split([n - 1 for n in sizes]), strict=True))
 
+    def codes_of(self, unit: Tensor) -> Tensor:
+        """Codes that are written: float ``[..., head_dim]`` of unit variance to uint8 of the same shape."""
+        if self.scale_rule == "searched":
+            return searched_codes(unit, self.nearest_codes, self.levels_of)
+        return self.nearest_codes(unit)
+
     def nearest_codes(self, unit: Tensor) -> Tensor:
         """Code of the nearest level: float ``[..., head_dim]`` of unit variance to uint8 of the same shape."""
         parts = zip(by_part(unit, self.layout), self.tables, strict=True)
@@ -144,8 +151,8 @@ class CacheCodec:
         layout: PageLayout,
         *,
         seed: int = 42,
-        key_scale: ScaleRule = "unbiased",
-        value_scale: ScaleRule = "least_squares",
+        key_scale: ScaleRule = CACHE_RULE,
+        value_scale: ScaleRule = CACHE_RULE,
         center: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> CacheCodec:
@@ -154,8 +161,8 @@ class CacheCodec:
         Args:
             layout: the page.
             seed: rotation seed, in [0, 2**64).
-            key_scale: scale rule of keys; unbiased inner products matter there.
-            value_scale: scale rule of values; reconstruction matters there.
+            key_scale: scale rule of keys.
+            value_scale: scale rule of values.
             center: float ``[kv_heads, head_dim]`` subtracted from every key, or None.
             device: where the tensors live.
 

@@ -38,7 +38,7 @@ class ShapedCodec(Codec):
     feedback: Tensor | None = None
     sweeps: int = SWEEPS
 
-    def nearest_codes(self, unit: Tensor) -> Tensor:
+    def codes_of(self, unit: Tensor) -> Tensor:
         """Codes of the smallest weighted error: float ``[..., kv_heads, head_dim]`` to uint8 of the same shape.
 
         Raises:
@@ -68,8 +68,8 @@ def shaped(codec: Codec, weight: Tensor, *, damping: float = DAMPING, sweeps: in
     """``codec`` with codes shaped by ``weight``.
 
     Args:
-        codec: any codec with the scale rule ``unbiased``: with another, shaping trades a smaller spread of the error
-            for a larger bias (measured, for values too).
+        codec: any codec with an unbiased scale (rule ``searched`` or ``unbiased``): with another, shaping trades a
+            smaller spread of the error for a larger bias (measured, for values too).
         weight: symmetric positive semi-definite float ``[kv_heads, head_dim, head_dim]``, in the space of the vectors;
             its magnitude does not matter.
         damping: multiple of the identity added to the weight after its mean diagonal was made 1: the larger, the nearer
@@ -97,8 +97,8 @@ def _check(codec: Codec, weight: Tensor, damping: float, sweeps: int) -> None:
     d = codec.layout.head_dim
     if weight.dim() != 3 or weight.shape[1:] != (d, d) or not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; it must be float [kv_heads, {d}, {d}]")
-    if codec.scale_rule != "unbiased":
-        raise ValueError(f"scale rule is {codec.scale_rule!r}; shaped codes need 'unbiased', for values too")
+    if codec.scale_rule not in ("searched", "unbiased"):
+        raise ValueError(f"scale rule is {codec.scale_rule!r}; shaped codes need 'searched' or 'unbiased'")
     if not damping > 0 or sweeps < 0:
         raise ValueError(f"damping is {damping} and sweeps {sweeps}; they must be above 0, and 0 or more")
     asymmetry = float((weight - weight.mT).abs().max())

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..codec import KEY_STREAM, VALUE_STREAM, Codec
 from ..errors import TurboQuantError
 from ..layout import VectorLayout
+from ..scale import CACHE_RULE
 from ..windows import Windows
 from .statistics import round_trip
 
@@ -86,14 +87,16 @@ class Simulation:
     def _codec(self, layer: int, x: Tensor, is_key: bool) -> Codec:
         known = self._codecs.get((layer, is_key))
         if known is None:
-            bits, head_dim = self._treatment.bits[layer][0 if is_key else 1], x.shape[-1]
-            if is_key:
-                center = self._treatment.centers.get(layer)
-                layout = VectorLayout(head_dim, bits, "int8")
-                known = Codec.create(layout, stream=KEY_STREAM, center=center, device=x.device)
-            else:
-                layout = VectorLayout(head_dim, bits, "cubic")
-                known = Codec.create(layout, stream=VALUE_STREAM, scale_rule="least_squares", device=x.device)
+            layout = VectorLayout(
+                x.shape[-1], self._treatment.bits[layer][0 if is_key else 1], "int8" if is_key else "cubic"
+            )
+            known = Codec.create(
+                layout,
+                stream=KEY_STREAM if is_key else VALUE_STREAM,
+                scale_rule=CACHE_RULE,
+                center=self._treatment.centers.get(layer) if is_key else None,
+                device=x.device,
+            )
             self._codecs[layer, is_key] = known
         return known
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codec import Codec
+from ..codec import KEY_STREAM, VALUE_STREAM, Codec
 from ..layout import BITS, VectorLayout
 from ..reference import ReferenceProvider
 from ..rotated import rotate_vectors
+from ..scale import CACHE_RULE
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -57,10 +58,10 @@ def describe(vectors: Tensor, codec_of: dict[float, Codec]) -> list[HeadStatisti
 
 def codecs(head_dim: int, *, keys: bool, device: torch.device) -> dict[float, Codec]:
     """The format's codec of keys or of values for each width that packs ``head_dim``."""
-    form, rule, stream = ("int8", "unbiased", 0) if keys else ("cubic", "least_squares", 1)
+    form, stream = ("int8", KEY_STREAM) if keys else ("cubic", VALUE_STREAM)
     widths = [bits for bits in BITS if isinstance(bits, int) or head_dim % 16 == 0]
     return {
-        bits: Codec.create(VectorLayout(head_dim, bits, form), stream=stream, scale_rule=rule, device=device)  # type: ignore[arg-type]
+        bits: Codec.create(VectorLayout(head_dim, bits, form), stream=stream, scale_rule=CACHE_RULE, device=device)  # type: ignore[arg-type]
         for bits in widths
     }
 

@@ -34,7 +34,7 @@ def encode(x: Tensor, codec: Codec, name: str = "x") -> Packed:
     check_vectors(x, codec, name)
     _check_rows_of_center(x, codec, name)
     vectors = rotate_vectors(x, codec.signs, codec.center)
-    codes = codec.nearest_codes(vectors.unit_variance())
+    codes = codec.codes_of(vectors.unit_variance())
     scale = vectors.stored_scale(codec.levels_of(codes), codec.scale_rule)
     codes = torch.where(vectors.finite, codes, torch.zeros_like(codes))
     return Packed(pack_checked_codes(codes, codec.layout), scale)

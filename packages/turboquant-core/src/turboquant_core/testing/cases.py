@@ -11,8 +11,10 @@ from ..codec import CacheCodec, Codec
 from ..halves import by_part, joined
 from ..layout import ExactRows, PageLayout, RawLayout, VectorLayout
 from ..reference import ReferenceProvider
-from ..scale import ScaleRule
+from ..scale import MULTIPLIERS, ScaleRule
 
+SEARCH_TOLERANCE = 1e-6
+"""Difference of two cosines that providers may round to either sign."""
 NAN_BYTE = 0xFF
 """Bytes 0xFF read as fp16 are NaN: an unmasked read of an unwritten slot shows."""
 
@@ -128,6 +130,23 @@ def boundary_distance(unit: Tensor, codec: Codec) -> Tensor:
     """Distance of each coordinate of unit variance to the nearest boundary of its own width, ``[..., head_dim]``."""
     parts = zip(by_part(unit, codec.layout), codec.tables, strict=True)
     return joined([(own.unsqueeze(-1) - boundaries).abs().amin(-1) for own, (_, boundaries) in parts])
+
+
+def code_distance(unit: Tensor, codec: Codec) -> Tensor:
+    """How far each coordinate of unit variance is from another code than the reference's, ``[..., head_dim]``.
+
+    With the rule ``searched`` the nearest boundary for any multiplier, and 0 where rounding decides between two.
+    """
+    if codec.scale_rule != "searched":
+        return boundary_distance(unit, codec)
+    distance = torch.stack([boundary_distance(unit * m, codec) for m in MULTIPLIERS]).amin(0)
+    codes = torch.stack([codec.nearest_codes(unit * m) for m in MULTIPLIERS])
+    cosine = torch.cosine_similarity(codec.levels_of(codes).double(), unit.double().expand(codes.shape), -1)
+    best = cosine.argmax(0, keepdim=True)
+    same = (codes == codes.gather(0, best.unsqueeze(-1).expand(1, *codes.shape[1:]))).all(-1)
+    rival = cosine.masked_fill(same, -1).amax(0)
+    undecided = rival >= cosine.amax(0) - SEARCH_TOLERANCE
+    return distance.masked_fill(undecided.unsqueeze(-1), 0)
 
 
 def random_query(case: PagedCase, tokens: int, group_size: int, dtype: torch.dtype, *, seed: int = 1) -> Tensor:

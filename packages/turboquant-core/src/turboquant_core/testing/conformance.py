@@ -19,7 +19,7 @@ from ..reference import ReferenceProvider
 from ..reference.pages import field_views
 from ..rotation import rotate
 from ..scale import SCALE_RULES
-from .cases import NAN_BYTE, PagedCase, boundary_distance, page_layout, paged_case, random_query, random_vectors
+from .cases import NAN_BYTE, PagedCase, code_distance, page_layout, paged_case, random_query, random_vectors
 from .exact import ExactRowsChecks
 from .golden import golden_cases
 from .oracle import attention_oracle, decode_oracle, relative_error
@@ -86,10 +86,11 @@ class ProviderConformance(ExactRowsChecks):
         return KernelRequest(layout, torch.device(self.device), self.dtype, group_size)
 
     def promises(self, layout: PageLayout) -> bool:
-        """Whether the class attributes name the bits of ``layout``: only what is promised must run."""
-        vectors = [vector for vector in (layout.key, layout.value) if isinstance(vector, VectorLayout)]
-        named = {bits for pair in self.bits for bits in pair if bits in WIDTHS or self.must_run_mixed}
-        return all(vector.bits in named for vector in vectors)
+        """Whether ``bits`` names those of keys and those of values, each for itself: only what is promised must run."""
+        value = layout.value.bits if isinstance(layout.value, VectorLayout) else None
+        keys, values = ({pair[i] for pair in self.bits} for i in (0, 1))
+        mixed = not {layout.key.bits, value} <= {*WIDTHS, None}
+        return layout.key.bits in keys and value in values and (self.must_run_mixed or not mixed)
 
     def require(self, provider: KernelProvider, layout: PageLayout, group_size: int = 1) -> None:
         """Skip (or, with ``must_run``, fail where it is promised) when the provider says it cannot do ``layout``."""
@@ -102,6 +103,17 @@ class ProviderConformance(ExactRowsChecks):
     def layout(self, key_bits: float, value_bits: float | None, head_dim: int, **options: Any) -> PageLayout:
         """A page layout in the default forms; 16- or 32-bit values follow the tests' dtype."""
         return page_layout(key_bits, value_bits, head_dim, itemsize=self.dtype.itemsize, **options)
+
+    def first_layout(self, **options: Any) -> PageLayout:
+        """The layout of tests whose subject is something else than bits and head_dim."""
+        return self.layout(*self.bits[0], self.head_dims[0], **options)
+
+    def golden_layout(self, bits: float, form: Form, head_dim: int) -> PageLayout:
+        """A page that asks for ``bits`` in the place of ``form``, keys or values, beside bits that ``bits`` names."""
+        place = 0 if form == "int8" else 1
+        named = [pair for pair in self.bits if pair[place] == bits]
+        pair = named[0] if named else (bits, self.bits[0][1]) if place == 0 else (self.bits[0][0], bits)
+        return self.layout(*pair, head_dim)
 
     def case(self, layout: PageLayout, lengths: list[int], **options: Any) -> PagedCase:
         """Random packed pages on the tests' device; 16-bit values follow the tests' dtype."""
@@ -148,9 +160,8 @@ class ProviderConformance(ExactRowsChecks):
     @pytest.mark.parametrize("bits", BITS)
     def test_golden_bytes(self, provider: KernelProvider, head_dim: int, bits: float, form: Any) -> None:
         golden = golden_cases()[(head_dim, bits, form)]
-        layout = VectorLayout(head_dim, bits, form)
-        self.require(provider, replace(self.layout(4, 4, head_dim), key=layout))
-        codec = Codec.create(layout, seed=golden.seed, stream=golden.stream, device=self.device)
+        self.require(provider, self.golden_layout(bits, form, head_dim))
+        codec = Codec.create(VectorLayout(head_dim, bits, form), seed=golden.seed, stream=golden.stream, device=self.device)
         packed = provider.encode(golden.vectors.to(self.device, self.dtype), codec)
         assert torch.equal(packed.codes.cpu(), golden.codes)
         assert torch.equal(packed.scales.cpu(), golden.scales)
@@ -179,7 +190,7 @@ class ProviderConformance(ExactRowsChecks):
         differs = unpack_codes(got.codes, codec.layout) != unpack_codes(expected.codes, codec.layout)
         rotated = rotate(x.float(), codec.signs)
         unit = rotated / rotated.square().mean(-1, keepdim=True).sqrt()
-        assert (boundary_distance(unit, codec)[differs] <= self.boundary_tolerance).all()
+        assert (code_distance(unit, codec)[differs] <= self.boundary_tolerance).all()
         torch.testing.assert_close(got.scales, expected.scales, rtol=2e-3, atol=6e-8)
 
     def test_decode_equals_float64(
@@ -230,7 +241,7 @@ class ProviderConformance(ExactRowsChecks):
         assert decoded[[0, 4, 5]].isfinite().all()
 
     def test_center_is_removed_and_restored(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 4, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout)
         center = torch.randn(layout.kv_heads, layout.key.head_dim) * 5
         codec = Codec.create(layout.key, center=center, device=self.device)
@@ -243,7 +254,7 @@ class ProviderConformance(ExactRowsChecks):
         assert relative_error(decoded, decode_oracle(packed, codec)) <= self.decode_tolerance
 
     def test_non_contiguous_input(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 4, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout)
         codec = Codec.create(layout.key, device=self.device)
         x = random_vectors(torch.Generator().manual_seed(2), (4, layout.key.head_dim, 6), self.dtype)
@@ -284,7 +295,7 @@ class ProviderConformance(ExactRowsChecks):
         return pages
 
     def test_store_of_no_tokens(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 4, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout)
         case = self.case(layout, [16])
         before = case.pages.clone()
@@ -318,7 +329,7 @@ class ProviderConformance(ExactRowsChecks):
         self.check_attend(provider, self.case(layout, [50, 17]), [1, 1], 2)
 
     def test_attend_lengths_around_pages(self, provider: KernelProvider, page_size: int, group_size: int) -> None:
-        layout = self.layout(4, 4, self.head_dims[0], page_size=page_size)
+        layout = self.first_layout(page_size=page_size)
         self.require(provider, layout, group_size)
         lengths = [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size]
         self.check_attend(provider, self.case(layout, lengths), [1] * len(lengths), group_size)
@@ -331,7 +342,7 @@ class ProviderConformance(ExactRowsChecks):
         self.check_attend(provider, self.case(layout, [9, 40, 70]), [5, 5, 5], 2)
 
     def test_attend_ragged_queries(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 3, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout, 4)
         self.check_attend(provider, self.case(layout, [9, 40, 0, 70]), [3, 1, 0, 8], 4, ragged=True)
 
@@ -347,23 +358,23 @@ class ProviderConformance(ExactRowsChecks):
         ids=str,
     )
     def test_attend_options(self, provider: KernelProvider, options: dict[str, Any]) -> None:
-        layout = self.layout(4, 4, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [18, 40, 70]), [2, 2, 2], 2, **options)
 
     def test_attend_sinks(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 4, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout, 2)
         sinks = torch.tensor([1.0, -2.0, 5.0, 0.0], device=self.device)
         self.check_attend(provider, self.case(layout, [18, 40]), [1, 1], 2, sinks=sinks)
 
     def test_attend_values_of_another_head_dim(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 4, self.head_dims[0], value_head_dim=self.head_dims[-1])
+        layout = self.first_layout(value_head_dim=self.head_dims[-1])
         self.require(provider, layout, 2)
         self.check_attend(provider, self.case(layout, [18, 40]), [1, 1], 2)
 
     def test_attend_when_nothing_is_visible(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 4, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout)
         case = self.case(layout, [0, 20])
         query = random_query(case, 2, 1, self.dtype)
@@ -417,7 +428,7 @@ class ProviderConformance(ExactRowsChecks):
         assert isinstance(provider.priority, int)
 
     def test_workspace_is_enough(self, provider: KernelProvider) -> None:
-        layout = self.layout(4, 4, self.head_dims[0])
+        layout = self.first_layout()
         self.require(provider, layout, 2)
         case = self.case(layout, [60, 33])
         size = provider.workspace_bytes(self.request_for(layout, 2), tokens=2, batch=2)

@@ -12,10 +12,13 @@ from ..provider import Packed
 from ..reference.vectors import check_vectors
 from ..rotated import rotate_vectors
 from ..rotation import check_seed, rotate, rotation_signs, unrotate
-from ..scale import ScaleRule, check_scale_rule
+from ..scale import SCALE_RULES, ScaleRule, check_scale_rule
 from .code import trellis_code
 from .layout import TrellisLayout, pack_planes, unpack_planes
 from .viterbi import nearest_sequence
+
+TRELLIS_RULES = tuple(rule for rule in SCALE_RULES if rule != "searched")
+"""A sequence is searched for by another criterion."""
 
 
 class TurboQuantTrellis:
@@ -28,7 +31,7 @@ class TurboQuantTrellis:
         bits: 2 or 3.
         seed: rotation seed, in [0, 2**64).
         device: where vectors and tables live.
-        scale_rule: see :mod:`turboquant_core.scale`.
+        scale_rule: see :mod:`turboquant_core.scale`; one of :data:`TRELLIS_RULES`.
         stream: rotation stream.
         center: float ``[kv_heads, head_dim]`` subtracted before the rotation, or None; see
             :class:`turboquant_core.Codec`.
@@ -49,7 +52,7 @@ class TurboQuantTrellis:
         stream: int = KEY_STREAM,
         center: Tensor | None = None,
     ) -> None:
-        check_scale_rule(scale_rule)
+        check_scale_rule(scale_rule, TRELLIS_RULES)
         check_center_shape(center, head_dim)
         self.layout = TrellisLayout(head_dim, bits)
         self.coding = Coding(self.layout, check_seed(seed), integer(stream, "stream", least=0), center_digest(center))

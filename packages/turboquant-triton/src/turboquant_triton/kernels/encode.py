@@ -9,6 +9,7 @@ from torch import Tensor
 
 from turboquant_core import Codec, Packed
 from turboquant_core.reference.vectors import check_vectors
+from turboquant_core.scale import MULTIPLIERS
 
 from ..launch import adjacent, bits_code, check_packable, part_columns, rotation_operand, rows_config, unit_dtype
 from .pack import pack_part, store_units
@@ -16,12 +17,64 @@ from .quantize import level_index, load_bounds, load_levels, nearest, stored_sca
 from .rotate import load_vectors, power_of_two, rotate_part, signed_halves
 from .widths import code_fields, first_width, is_mixed, lowest_word, row_bytes, second_width, unit_bytes
 
+LEAST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
+MULTIPLIER_STEP = tl.constexpr(MULTIPLIERS[1] - MULTIPLIERS[0])
+MULTIPLIER_COUNT = tl.constexpr(len(MULTIPLIERS))
+TRIALS = tl.constexpr(triton.next_power_of_2(len(MULTIPLIERS)))
+
+
+@triton.jit
+def search_sums(
+    halves,
+    matrix,
+    normalize,
+    boundaries,
+    levels,
+    position,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``<u, l>`` and ``|l|^2`` ``[rows, TRIALS]``, ``l`` the levels nearest to multiples of a part's coordinates."""
+    ROWS: tl.constexpr = normalize.shape[0]
+    POSITIONS: tl.constexpr = triton.next_power_of_2(SIZE)
+    FIELDS: tl.constexpr = code_fields(BITS)
+    UNITS: tl.constexpr = POSITIONS // FIELDS
+    bounds = load_bounds(boundaries, BITS)
+    table = load_levels(levels, BITS)
+    trial = tl.arange(0, TRIALS)[None, :]
+    inner = tl.zeros((ROWS, TRIALS), tl.float32)
+    power = tl.zeros((ROWS, TRIALS), tl.float32)
+    present = (tl.arange(0, COLUMNS) % UNITS < SIZE // FIELDS)[None, :]
+    for first in range(0, POSITIONS, COLUMNS):
+        rotated = rotate_part(halves, matrix, position + first, D, SPLIT, COLUMNS) * normalize[:, None]
+        magnitude = tl.abs(rotated)
+        for index in range(MULTIPLIER_COUNT):
+            level = nearest(magnitude * (LEAST_MULTIPLIER + MULTIPLIER_STEP * index), bounds, table, BITS)
+            along = tl.sum(magnitude * level, 1)
+            square = tl.sum(tl.where(present, level * level, 0.0), 1)
+            inner += tl.where(trial == index, along[:, None], 0.0)
+            power += tl.where(trial == index, square[:, None], 0.0)
+    return inner, power
+
+
+@triton.jit
+def best_multiplier(inner, power):
+    """The multiplier ``[rows]`` of the largest cosine, the first of equals; see :mod:`turboquant_core.search`."""
+    trial = tl.arange(0, TRIALS)[None, :]
+    tried = trial < MULTIPLIER_COUNT
+    squared_cosine = tl.where(tried, inner * inner / tl.where(tried, power, 1.0), -1.0)
+    return LEAST_MULTIPLIER + MULTIPLIER_STEP * tl.argmax(squared_cosine, 1).to(tl.float32)
+
 
 @triton.jit
 def encode_part(
     halves,
     matrix,
     normalize,
+    multiplier,
     finite,
     boundaries,
     levels,
@@ -36,6 +89,7 @@ def encode_part(
 ):
     """Words of the ``SIZE`` coordinates from ``position`` on in codes of one width, and the sums that the scale needs.
 
+    Codes are those of the coordinates times ``multiplier`` ``[rows]``, which is 1.0 where the rule does not search.
     The sums are ``<u, l>`` and ``|l|^2`` of coordinates ``u`` and their levels ``l`` in units of the root mean square.
     """
     ROWS: tl.constexpr = normalize.shape[0]
@@ -51,10 +105,13 @@ def encode_part(
     other = tl.zeros((ROWS, UNITS), tl.int32)
     for first in range(0, POSITIONS, COLUMNS):
         rotated = rotate_part(halves, matrix, position + first, D, SPLIT, COLUMNS) * normalize[:, None]
-        level = nearest(tl.abs(rotated), bounds, table, BITS)
+        if RULE == "searched":
+            level = nearest(tl.abs(rotated) * multiplier[:, None], bounds, table, BITS)
+        else:
+            level = nearest(tl.abs(rotated), bounds, table, BITS)
         negative = (rotated > 0) == 0
         word, other = pack_part((word, other), level_index(level), negative, first // UNITS, BITS, INT8)
-        if RULE == "unbiased" or RULE == "least_squares":
+        if RULE == "unbiased" or RULE == "searched" or RULE == "least_squares":
             inner += tl.abs(rotated) * level
         if RULE == "renorm" or RULE == "least_squares":
             power += tl.where(present, level * level, 0.0)
@@ -92,19 +149,33 @@ def encode_rows(
     if is_mixed(BITS):
         FIRST: tl.constexpr = first_width(BITS)
         HALF: tl.constexpr = triton.next_power_of_2(D) // 2
+        factor = 1.0
+        if RULE == "searched":
+            inner, power = search_sums(
+                halves, matrix, normalize, boundaries, levels, 0, D, D // 2, FIRST, SPLIT, COLUMNS
+            )
+            inner2, power2 = search_sums(
+                halves, matrix, normalize, boundaries + (1 << FIRST) - 1, levels + (1 << FIRST),
+                HALF, D, D // 2, second_width(BITS), SPLIT, COLUMNS,
+            )  # fmt: skip
+            factor = best_multiplier(inner + inner2, power + power2)
         word, other, inner, power = encode_part(
-            halves, matrix, normalize, finite, boundaries, levels,
+            halves, matrix, normalize, factor, finite, boundaries, levels,
             0, D, D // 2, FIRST, INT8, RULE, SPLIT, COLUMNS,
         )  # fmt: skip
         word2, other2, inner2, power2 = encode_part(
-            halves, matrix, normalize, finite, boundaries + (1 << FIRST) - 1, levels + (1 << FIRST),
+            halves, matrix, normalize, factor, finite, boundaries + (1 << FIRST) - 1, levels + (1 << FIRST),
             HALF, D, D // 2, second_width(BITS), INT8, RULE, SPLIT, COLUMNS,
         )  # fmt: skip
         scale = vector_scale(rms, inner + inner2, power + power2, RULE, D)
         return (word, other, word2, other2), stored_scale(scale, finite)
     else:
+        factor = 1.0
+        if RULE == "searched":
+            inner, power = search_sums(halves, matrix, normalize, boundaries, levels, 0, D, D, BITS, SPLIT, COLUMNS)
+            factor = best_multiplier(inner, power)
         word, other, inner, power = encode_part(
-            halves, matrix, normalize, finite, boundaries, levels,
+            halves, matrix, normalize, factor, finite, boundaries, levels,
             0, D, D, BITS, INT8, RULE, SPLIT, COLUMNS,
         )  # fmt: skip
         return (word, other), stored_scale(vector_scale(rms, inner, power, RULE, D), finite)

@@ -100,7 +100,7 @@ def vector_scale(rms, inner, power, RULE: tl.constexpr, D: tl.constexpr):
         return rms
     elif RULE == "renorm":
         return rms * tl.rsqrt(power / D)
-    elif RULE == "unbiased":
+    elif RULE == "unbiased" or RULE == "searched":
         return rms * (tl.where(inner > 0, D * 1.0, 0.0) / tl.where(inner > 0, inner, 1.0))
     else:
         return rms * (inner / power)
