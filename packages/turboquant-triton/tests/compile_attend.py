@@ -36,8 +36,8 @@ def attention(key_bits: int, value_bits: int, dim: int, config: AttendConfig) ->
     """Compile-time arguments of both forms."""
     return {
         "D": dim, "VALUE_DIM": dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "RAW_TYPE": tl.bfloat16,
-        "PAGE_SIZE": 128, **GROUPED, "N": 8, "BLOCK": config.block, "HAS_WINDOW": False, "HAS_SOFTCAP": False,
-        "ROWS_BLOCK": 32,
+        "PAGE_SIZE": 128, "EXACT_BYTES": 0, **GROUPED, "N": 8, "BLOCK": config.block, "HAS_WINDOW": False,
+        "HAS_SOFTCAP": False, "ROWS_BLOCK": 32,
     }  # fmt: skip
 
 

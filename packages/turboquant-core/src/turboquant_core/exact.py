@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .codec import CacheCodec
 from .layout import PageLayout
-from .provider import Attended, Gathered, KernelProvider
+from .provider import Attended, Gathered, KernelProvider, KernelRequest
 
 
 @runtime_checkable
@@ -72,6 +72,14 @@ class ExactRowsProvider(KernelProvider, Protocol):
             ValueError: arguments do not fit one another, or the ring holds fewer than ``recent`` tokens.
         """
         ...
+
+
+def exact_rows_reason(request: KernelRequest) -> str | None:
+    """Why no provider can serve the exact rows of ``request``; None when it has none, or they fit its dtype."""
+    exact = request.layout.exact
+    if exact.rows == 0 or exact.itemsize == request.dtype.itemsize:
+        return None
+    return f"exact rows have {exact.itemsize} bytes a coordinate, {request.dtype} has {request.dtype.itemsize}"
 
 
 def attend_with_exact(

@@ -183,6 +183,7 @@ def _constants(
         "VALUE_BITS": value_bits(layout),
         "RAW_TYPE": _RAW_TYPES[query.dtype],
         "PAGE_SIZE": layout.page_size,
+        "EXACT_BYTES": layout.exact_bytes,
         "KV_HEADS": layout.kv_heads,
         "CHUNKS": shape.chunks,
         "GROUP": shape.group,

@@ -171,3 +171,39 @@ class TritonProvider:
         from .kernels.gather import gather
 
         return gather(pages, block_table, codec, start=start, stop=stop, dtype=dtype, rotated=rotated)
+
+    def store_exact(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, layout: PageLayout) -> None:
+        """See :meth:`turboquant_core.exact.ExactRowsProvider.store_exact`."""
+        from .kernels.store_exact import store_exact
+
+        store_exact(key, value, pages, slot_mapping, layout)
+
+    def attend_exact(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        codec: CacheCodec,
+        packed: Attended,
+        *,
+        recent: int,
+        scaling: float,
+        query_start_loc: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> Attended:
+        """See :meth:`turboquant_core.exact.ExactRowsProvider.attend_exact`; one launch, safe in a CUDA graph."""
+        from .kernels.attend_exact import attend_exact
+
+        return attend_exact(
+            query,
+            pages,
+            block_table,
+            seq_lens,
+            codec,
+            packed,
+            recent=recent,
+            scaling=scaling,
+            query_start_loc=query_start_loc,
+            softcap=softcap,
+        )

@@ -8,6 +8,7 @@ import os
 import torch
 
 from turboquant_core import LAYOUT_VERSION, KernelRequest, PageLayout, RawLayout, VectorLayout
+from turboquant_core.exact import exact_rows_reason
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -56,7 +57,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     value = request.layout.value
     if isinstance(value, RawLayout) and value.itemsize != request.dtype.itemsize:
         return f"raw values have {value.itemsize} bytes a coordinate, {request.dtype} has {request.dtype.itemsize}"
-    return None
+    return exact_rows_reason(request)
 
 
 def permute_supported(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> bool:

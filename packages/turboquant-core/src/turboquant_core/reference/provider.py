@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codec import CacheCodec, Codec
+from ..exact import exact_rows_reason
 from ..layout import LAYOUT_VERSION, PageLayout
 from ..operators import Operators
 from ..provider import Attended, Gathered, KernelProvider, KernelRequest, Packed
@@ -32,12 +33,12 @@ class ReferenceProvider:
     priority: ClassVar[int] = 0
 
     def unsupported_reason(self, request: KernelRequest) -> str | None:
-        """Refuses other layout versions and non-float dtypes; everything else works."""
+        """Refuses other layout versions, non-float dtypes and exact rows of another size; all else works."""
         if request.layout.version != LAYOUT_VERSION:
             return f"layout version {request.layout.version}, this provider implements {LAYOUT_VERSION}"
         if request.dtype not in _DTYPES:
             return f"dtype is {request.dtype}, needs one of {', '.join(map(str, _DTYPES))}"
-        return None
+        return exact_rows_reason(request)
 
     def encode(self, x: Tensor, codec: Codec) -> Packed:
         """See :meth:`KernelProvider.encode`."""

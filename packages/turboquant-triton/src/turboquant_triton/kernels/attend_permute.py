@@ -114,6 +114,7 @@ def attend_permute_kernel(
     VALUE_BITS: tl.constexpr,
     RAW_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    EXACT_BYTES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     CHUNKS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -135,7 +136,7 @@ def attend_permute_kernel(
     VALUE_OFFSET: tl.constexpr = PAGE_SIZE * KEY_ROW
     KEY_SCALE_OFFSET: tl.constexpr = VALUE_OFFSET + PAGE_SIZE * VALUE_ROW
     VALUE_SCALE_OFFSET: tl.constexpr = KEY_SCALE_OFFSET + PAGE_SIZE * 2
-    CHUNK_BYTES: tl.constexpr = VALUE_SCALE_OFFSET + (0 if VALUE_BITS == 16 else PAGE_SIZE * 2)
+    CHUNK_BYTES: tl.constexpr = VALUE_SCALE_OFFSET + (0 if VALUE_BITS == 16 else PAGE_SIZE * 2) + EXACT_BYTES
     VALUE_TYPE: tl.constexpr = RAW_TYPE if VALUE_BITS == 16 else tl.int16
     program = tl.program_id(0)
     total = tl.load(plan + rows - 1)

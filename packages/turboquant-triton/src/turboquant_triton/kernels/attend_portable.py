@@ -45,6 +45,7 @@ def attend_portable_kernel(
     RAW_TYPE: tl.constexpr,
     RAW_BITS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    EXACT_BYTES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     CHUNKS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -60,7 +61,7 @@ def attend_portable_kernel(
     VALUE_OFFSET: tl.constexpr = PAGE_SIZE * KEY_ROW
     KEY_SCALE_OFFSET: tl.constexpr = VALUE_OFFSET + PAGE_SIZE * VALUE_ROW
     VALUE_SCALE_OFFSET: tl.constexpr = KEY_SCALE_OFFSET + PAGE_SIZE * 2
-    CHUNK_BYTES: tl.constexpr = VALUE_SCALE_OFFSET + (0 if RAW_BITS else PAGE_SIZE * 2)
+    CHUNK_BYTES: tl.constexpr = VALUE_SCALE_OFFSET + (0 if RAW_BITS else PAGE_SIZE * 2) + EXACT_BYTES
     program = tl.program_id(0)
     total = tl.load(plan + rows - 1)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
