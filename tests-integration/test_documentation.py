@@ -33,11 +33,27 @@ PROGRAMS = {str(page.relative_to(ROOT)): program(page) for page in PAGES}
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
     script = tmp_path / f"{page.replace('/', '_')}.py"
     script.write_text(PROGRAMS[page])
+    run(str(script))
+
+
+def run(*arguments: str) -> str:
+    """Output of Python with ``arguments``, at the root of the checkout."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    return done.stdout
+
+
+def test_the_conformance_suite_of_the_page_passes(tmp_path: Path) -> None:
+    """The class that docs/providers.md shows is a suite of tests, which a run of the page only defines."""
+    suite = tmp_path / "test_my_provider.py"
+    suite.write_text(PROGRAMS["docs/providers.md"])
+    shown = run("-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path), str(suite))
+    passed = re.search(r"(\d+) passed", shown)
+    assert passed is not None, shown
+    assert int(passed[1]) > 100
+    assert "failed" not in shown
 
 
 def test_the_first_pages_have_an_example() -> None:

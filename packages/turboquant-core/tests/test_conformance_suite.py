@@ -51,20 +51,50 @@ def test_must_run_fails_instead_of_skipping() -> None:
         ProviderConformance().test_attend_sinks(Refuses())
 
 
+def test_a_provider_of_other_bits_is_tested_in_full() -> None:
+    """Tests whose subject is not the bits take the first that the class names, and property tests draw from them."""
+
+    class ThreeBits(ReferenceProvider):
+        def unsupported_reason(self, request: Any) -> str | None:
+            bits = (request.layout.key.bits, request.layout.value.bits)
+            return None if bits == (3, 3) else f"bits are {bits}"
+
+    class Suite(ProviderConformance):
+        bits = ((3, 3),)
+        must_run = True
+
+    for name in ("attend_sinks", "attend_ragged_queries", "attend_any_lengths", "center_is_removed_and_restored"):
+        getattr(Suite(), f"test_{name}")(ThreeBits())
+    Suite().test_attend_options(ThreeBits(), {"window": 20})
+    Suite().test_scores_equal_float64(ThreeBits(), 64)
+    Suite().test_golden_bytes(ThreeBits(), 64, 3, "cubic")
+
+
 def test_bits_that_the_class_does_not_name_are_not_promised() -> None:
-    class FourBitsOnly(ReferenceProvider):
+    class FourBitKeys(ReferenceProvider):
         def unsupported_reason(self, request: Any) -> str | None:
             return None if request.layout.key.bits == 4 else "keys of other widths"
+
+    class NoValuesOfThreeBits(ReferenceProvider):
+        def unsupported_reason(self, request: Any) -> str | None:
+            return "no values of 3 bits" if request.layout.value.bits == 3 else None
 
     class Suite(ProviderConformance):
         bits = ((4, 4), (4, 3))
         must_run = True
 
-    Suite().test_golden_bytes(FourBitsOnly(), 64, 4, "int8")
-    with pytest.raises(pytest.skip.Exception, match="other widths"):
-        Suite().test_golden_bytes(FourBitsOnly(), 64, 2, "int8")
-    with pytest.raises(pytest.fail.Exception, match="other widths"):
-        Suite().test_golden_bytes(FourBitsOnly(), 64, 3, "int8")
+    Suite().test_golden_bytes(FourBitKeys(), 64, 4, "int8")
+    Suite().test_golden_bytes(FourBitKeys(), 64, 3, "cubic")
+    for bits in (2, 3):
+        with pytest.raises(pytest.skip.Exception, match="other widths"):
+            Suite().test_golden_bytes(FourBitKeys(), 64, bits, "int8")
+    with pytest.raises(pytest.fail.Exception, match="no values of 3 bits"):
+        Suite().test_golden_bytes(NoValuesOfThreeBits(), 64, 3, "cubic")
+    with pytest.raises(pytest.skip.Exception, match="no values of 3 bits"):
+        Suite().test_attend_several_queries_causal(NoValuesOfThreeBits(), (2, 3))
+    assert Suite().named_bits(mixed=False) == [(4, 3), (4, 4)]
+    with pytest.raises(pytest.skip.Exception, match="fractional bits are not named"):
+        Suite().named_bits(mixed=True)
 
 
 class IgnoresWindow(ReferenceProvider):

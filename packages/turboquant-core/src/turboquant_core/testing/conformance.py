@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ..codec import Codec
-from ..layout import BITS, LAYOUT_VERSION, WIDTHS, PageLayout, VectorLayout
+from ..layout import BITS, LAYOUT_VERSION, WIDTHS, Form, PageLayout, VectorLayout
 from ..packing import unpack_codes
 from ..provider import KernelProvider, KernelRequest, Packed
 from ..reference import ReferenceProvider
@@ -108,6 +108,15 @@ class ProviderConformance(ExactRowsChecks):
         """The layout of tests whose subject is something else than bits and head_dim."""
         return self.layout(*self.bits[0], self.head_dims[0], **options)
 
+    def named_bits(self, *, mixed: bool) -> list[tuple[float, float]]:
+        """Every pair of the bits that ``bits`` names for keys and for values; with a fractional one, or without."""
+        keys = sorted({key for key, _ in self.bits})
+        values = sorted({value for _, value in self.bits if value is not None})
+        found = [pair for pair in product(keys, values) if (not set(pair) <= set(WIDTHS)) is mixed]
+        if not found:
+            pytest.skip(f"{'fractional' if mixed else 'whole'} bits are not named for keys and values: {self.bits}")
+        return found
+
     def golden_layout(self, bits: float, form: Form, head_dim: int) -> PageLayout:
         """A page that asks for ``bits`` in the place of ``form``, keys or values, beside bits that ``bits`` names."""
         place = 0 if form == "int8" else 1
@@ -160,8 +169,9 @@ class ProviderConformance(ExactRowsChecks):
     @pytest.mark.parametrize("bits", BITS)
     def test_golden_bytes(self, provider: KernelProvider, head_dim: int, bits: float, form: Any) -> None:
         golden = golden_cases()[(head_dim, bits, form)]
+        layout = VectorLayout(head_dim, bits, form)
         self.require(provider, self.golden_layout(bits, form, head_dim))
-        codec = Codec.create(VectorLayout(head_dim, bits, form), seed=golden.seed, stream=golden.stream, device=self.device)
+        codec = Codec.create(layout, seed=golden.seed, stream=golden.stream, device=self.device)
         packed = provider.encode(golden.vectors.to(self.device, self.dtype), codec)
         assert torch.equal(packed.codes.cpu(), golden.codes)
         assert torch.equal(packed.scales.cpu(), golden.scales)
@@ -207,8 +217,8 @@ class ProviderConformance(ExactRowsChecks):
         return ReferenceProvider().encode(x.to(self.device), codec)
 
     def test_scores_equal_float64(self, provider: KernelProvider, head_dim: int) -> None:
-        for key_bits in sorted({pair[0] for pair in self.bits}):
-            layout = self.layout(key_bits, 4, head_dim)
+        for pair in {pair[0]: pair for pair in self.bits}.values():
+            layout = self.layout(*pair, head_dim)
             self.require(provider, layout)
             codec = Codec.create(layout.key, device=self.device)
             packed = self._packed(codec, (2, 3, 37))
@@ -389,13 +399,13 @@ class ProviderConformance(ExactRowsChecks):
     @given(
         lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
         group_size=st.integers(1, 9),
-        bits=st.tuples(st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)),
+        data=st.data(),
         seed=st.integers(0, 1000),
     )
     def test_attend_any_lengths(
-        self, provider: KernelProvider, lengths: list[int], group_size: int, bits: tuple[int, int], seed: int
+        self, provider: KernelProvider, lengths: list[int], group_size: int, data: st.DataObject, seed: int
     ) -> None:
-        layout = self.layout(*bits, self.head_dims[0])
+        layout = self.layout(*data.draw(st.sampled_from(self.named_bits(mixed=False))), self.head_dims[0])
         self.require(provider, layout, group_size)
         self.check_attend(provider, self.case(layout, lengths, seed=seed), [1] * len(lengths), group_size)
 
@@ -403,13 +413,13 @@ class ProviderConformance(ExactRowsChecks):
     @given(
         lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
         group_size=st.integers(1, 9),
-        bits=st.sampled_from([pair for pair in product(BITS, BITS) if not set(pair) <= set(WIDTHS)]),
+        data=st.data(),
         seed=st.integers(0, 1000),
     )
     def test_attend_any_lengths_in_fractional_bits(
-        self, provider: KernelProvider, lengths: list[int], group_size: int, bits: tuple[float, float], seed: int
+        self, provider: KernelProvider, lengths: list[int], group_size: int, data: st.DataObject, seed: int
     ) -> None:
-        layout = self.layout(*bits, self.head_dims[0])
+        layout = self.layout(*data.draw(st.sampled_from(self.named_bits(mixed=True))), self.head_dims[0])
         self.require(provider, layout, group_size)
         self.check_attend(provider, self.case(layout, lengths, seed=seed), [1] * len(lengths), group_size)
 
