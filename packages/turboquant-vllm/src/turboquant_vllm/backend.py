@@ -11,13 +11,13 @@ from turboquant_core.hadamard import supported_order
 from turboquant_core.layout import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, PAGE_SIZE_MULTIPLE
 
 from .compat import backend_sizes_pages, head_major_layouts, is_packed, packed_spec
-from .hooks import sized_token_bytes
+from .hooks import built_bits, sized_token_bytes
 from .impl import PackedAttention
 from .limits import ELSEWHERE
 from .metadata import StepMetadataBuilder
 from .packing import LayerShape
 from .registration import BACKEND_NAME
-from .setup import NATIVE_PREFIX, engine_options
+from .setup import NATIVE_PREFIX
 
 _CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -98,15 +98,13 @@ class FusedTurboQuantBackend(AttentionBackend):  # type: ignore[misc]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Pages of packed bytes: of the layer at hand, or of the default bits where vLLM plans ahead of the layers."""
+        """Pages of packed bytes: of the layer at hand, or of those just built, to which vLLM aligns others."""
         if is_packed(spec):
             return spec
         token_bytes = sized_token_bytes()
         if token_bytes is None:
-            from vllm.config import get_current_vllm_config
-
             shape = LayerShape(spec.num_kv_heads, spec.head_size, spec.dtype.itemsize)
-            token_bytes = shape.token_bytes(engine_options(get_current_vllm_config()).default)
+            token_bytes = shape.token_bytes(built_bits())
         return packed_spec(spec, token_bytes)
 
     @classmethod

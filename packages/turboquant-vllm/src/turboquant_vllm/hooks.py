@@ -15,7 +15,7 @@ from typing import Any
 
 from .compat import packed_spec
 from .errors import UnsupportedError
-from .options import UNCOMPRESSED
+from .options import UNCOMPRESSED, LayerBits
 from .registration import BACKEND_NAME
 from .setup import engine_options, layer_choice
 
@@ -54,6 +54,7 @@ def _with_setup(attention: Any) -> Any:
         if _is_ours(self):
             _check_kind(self, attention)
             self.impl.set_up(self, vllm_config)
+            _built[:] = [self.impl.setup.bits]
 
     return build
 
@@ -115,6 +116,7 @@ def _with_packed_spec(original: Any) -> Any:
 
 
 _sized: list[int] = []
+_built: list[LayerBits] = []
 
 
 @contextmanager
@@ -130,6 +132,17 @@ def sizing(token_bytes: int) -> Iterator[None]:
 def sized_token_bytes() -> int | None:
     """Bytes a token of the layer whose spec is being made; None outside of that."""
     return _sized[-1] if _sized else None
+
+
+def built_bits() -> LayerBits:
+    """Bits of the layers that were built last: vLLM sizes blocks after it built a model, without its configuration.
+
+    Raises:
+        UnsupportedError: no packed layer was built yet.
+    """
+    if not _built:
+        raise UnsupportedError("this vLLM asks for the size of pages before it has built a layer that is packed")
+    return _built[0]
 
 
 def wrap_cpu_platform(module: ModuleType) -> None:

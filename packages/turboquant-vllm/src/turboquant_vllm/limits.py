@@ -6,7 +6,9 @@ from typing import Any
 
 from .errors import UnsupportedError
 from .options import Options
+from .packing import layer_count
 
+_ATTENTION = ("full_attention", "sliding_attention")
 ELSEWHERE = "serve this model with another --attention-backend"
 
 
@@ -45,6 +47,34 @@ def check_engine(vllm_config: Any) -> None:
         size = getattr(parallel, name, 1)
         if size > 1:
             raise UnsupportedError(f"{name} is {size}; packed pages work with 1: use tensor parallelism")
+
+
+def check_equal_pages(options: Options, vllm_config: Any) -> None:
+    """Raise ``UnsupportedError`` for unequal layers where layers of several kinds share blocks.
+
+    vLLM then fills the smaller page up, and the pages of a layer no longer lie one after the other.
+    """
+    kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
+    if len(set(kinds)) < 2:
+        return
+    count = layer_count(vllm_config)
+    attending = [index for index in range(count) if index >= len(kinds) or kinds[index].endswith(_ATTENTION)]
+    choices = dict.fromkeys(str(options.layer(index, count)) for index in attending)
+    if len(choices) > 1:
+        raise UnsupportedError(
+            f"this model's layers are of several kinds ({', '.join(sorted(set(kinds)))}), which share blocks, and must "
+            f"then be packed alike; asked for are: {'; '.join(choices)}. Give all layers equal bits"
+        )
+
+
+def check_page(spec: Any) -> None:
+    """Raise ``UnsupportedError`` when vLLM fills the pages of a layer up to those of other layers."""
+    padded = getattr(spec, "page_size_padded", None)
+    if padded is not None and padded != spec.real_page_size_bytes:
+        raise UnsupportedError(
+            f"vLLM fills pages of {spec.real_page_size_bytes} bytes up to {padded}, those of other layers of this "
+            f"model; packed pages must lie one after the other: give all layers equal bits, or {ELSEWHERE}"
+        )
 
 
 def check_center(options: Options, softcap: float | None, sinks: Any) -> None:

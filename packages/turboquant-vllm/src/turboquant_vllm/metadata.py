@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .errors import UnsupportedError
+from .limits import check_page
 from .plan import PromptPlan, prompt_plan
 from .report import announce
 from .setup import engine_captures
@@ -49,6 +50,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: igno
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        check_page(kv_cache_spec)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 from turboquant_core import LayoutError
 from turboquant_core.layout import BITS, check_bits
-from turboquant_core.preset import PresetError, load_preset
-from turboquant_core.scale import SCALE_RULES, ScaleRule
+from turboquant_core.preset import Preset, PresetError, load_preset
+from turboquant_core.scale import CACHE_RULE, SCALE_RULES, ScaleRule
 
 from .errors import OptionError
 
@@ -63,18 +63,20 @@ class Options:
         seed: rotation seed.
         provider: kernel provider by name; None selects one.
         prefill: what a prompt's own tokens are attended to: ``"raw"`` keys and values, or the ``"packed"`` pages.
+        preset: what decided bits, layers and centers, to be checked against the model; None without one.
     """
 
     default: LayerBits = field(default_factory=LayerBits)
     boundary_layers: int = 0
     boundary: LayerChoice = "uncompressed"
     layers: tuple[tuple[int, LayerChoice], ...] = ()
-    key_scale: ScaleRule = "unbiased"
-    value_scale: ScaleRule = "least_squares"
+    key_scale: ScaleRule = CACHE_RULE
+    value_scale: ScaleRule = CACHE_RULE
     key_centers: Path | None = None
     seed: int = 42
     provider: str | None = None
     prefill: Prefill = "raw"
+    preset: Preset | None = None
 
     def layer(self, index: int | None, count: int) -> LayerChoice:
         """What layer ``index`` of ``count`` gets; None, or an index beyond (a draft model's), gets the default.
@@ -140,7 +142,8 @@ def _preset(name: str, value: object) -> dict[str, Any]:
             "make it with turboquant doctor --no-windows"
         )
     layers = tuple((index, LayerBits(*pair)) for index, pair in sorted(preset.layers.items()))
-    return {"default": LayerBits(*preset.bits), "layers": layers, "key_centers": path if preset.centers else None}
+    centers = path if preset.centers else None
+    return {"default": LayerBits(*preset.bits), "layers": layers, "key_centers": centers, "preset": preset}
 
 
 def _bits_of(values: Mapping[str, Any], fallback: LayerBits) -> LayerBits:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from turboquant_core import CacheCodec, KernelProvider, KernelRequest, LayoutError
 from turboquant_core.hadamard import factor
+from turboquant_core.preset import Preset, PresetError
 
 from .centers import read_center
 from .errors import OptionError, UnsupportedError
 from .kernels import graph_safe, own_codec, provider_for, shared_codec
+from .limits import check_equal_pages
 from .options import LayerBits, LayerChoice, Options, read_options
 from .packing import LayerShape, layer_count, layer_index
 
@@ -30,11 +32,17 @@ _NATIVE_BITS = {
 def engine_options(vllm_config: Any) -> Options:
     """Options of an engine; the bits are those of the cache type where a ``turboquant_*`` one is taken over.
 
+    Layers of a draft model get the default bits: what is said of single layers is said of the model it drafts for.
+
     Raises:
-        OptionError: see :func:`read_options`.
+        OptionError: see :func:`read_options`, or the preset was made for another model.
         UnsupportedError: a cache type without a counterpart here.
     """
     options = read_options(vllm_config.additional_config, os.environ)
+    if is_draft(vllm_config):
+        options = replace(options, boundary_layers=0, layers=(), key_centers=None)
+    elif options.preset is not None:
+        _check_preset(options.preset, vllm_config)
     cache_dtype = str(vllm_config.cache_config.cache_dtype)
     if not cache_dtype.startswith(NATIVE_PREFIX):
         return options
@@ -43,6 +51,21 @@ def engine_options(vllm_config: Any) -> Options:
             f"cache type {cache_dtype} has no counterpart in packed pages; taken over are {', '.join(_NATIVE_BITS)}"
         )
     return replace(options, default=_NATIVE_BITS[cache_dtype])
+
+
+def is_draft(vllm_config: Any) -> bool:
+    """Whether this is the configuration under which vLLM builds a draft model."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or vllm_config.model_config is speculative.target_model_config:
+        return False
+    return vllm_config.model_config is speculative.draft_model_config
+
+
+def _check_preset(preset: Preset, vllm_config: Any) -> None:
+    try:
+        preset.check(vllm_config.model_config.hf_config)
+    except PresetError as error:
+        raise OptionError(f"turboquant.preset: {error}") from error
 
 
 def layer_choice(options: Options, vllm_config: Any, layer_name: str) -> LayerChoice:
@@ -106,6 +129,7 @@ def set_up_layer(vllm_config: Any, layer_name: str, q_heads: int, shape: LayerSh
         ProviderError: no kernel provider fits.
     """
     options = engine_options(vllm_config)
+    check_equal_pages(options, vllm_config)
     bits = layer_choice(options, vllm_config, layer_name)
     if not isinstance(bits, LayerBits):
         raise OptionError(f"layer {layer_name} shares pages that are packed and cannot itself be uncompressed")
