@@ -53,10 +53,11 @@ def search_sums(
         magnitude = tl.abs(rotated)
         for index in range(MULTIPLIER_COUNT):
             level = nearest(magnitude * (LEAST_MULTIPLIER + MULTIPLIER_STEP * index), bounds, table, BITS)
-            along = tl.sum(magnitude * level, 1)
-            square = tl.sum(tl.where(present, level * level, 0.0), 1)
-            inner += tl.where(trial == index, along[:, None], 0.0)
-            power += tl.where(trial == index, square[:, None], 0.0)
+            own = trial == index
+            inner += tl.where(own, tl.sum(magnitude * level, 1)[:, None], 0.0)
+            if POSITIONS != SIZE:
+                level = tl.where(present, level, 0.0)
+            power += tl.where(own, tl.sum(level * level, 1)[:, None], 0.0)
     return inner, power
 
 
