@@ -90,7 +90,7 @@ def test_a_layer_beyond_the_model_is_refused() -> None:
         ({"layers": {"first": {"k_bits": 4}}}, "keys are layer indices such as 0 or -1"),
         ({"layers": {"0": {"k_bits": 7}}}, "turboquant.layers.0.k_bits is 7"),
         ({"layers": {"0": {"bits": 4}}}, "an object of k_bits and v_bits"),
-        ({"key_scale": "norms"}, "it must be one of unbiased, least_squares, renorm, norm"),
+        ({"key_scale": "norms"}, "it must be one of unbiased, least_squares, renorm, norm, searched"),
         ({"value_scale": 1}, "turboquant.value_scale is 1"),
         ({"key_centers": "/nowhere"}, "is no file on this machine"),
         ({"seed": -1}, r"it must be an integer in \[0, 2\*\*64\)"),
