@@ -19,6 +19,7 @@ from turboquant_core import (
     ReferenceProvider,
     VectorLayout,
 )
+from turboquant_core.slots import slots_at
 
 LAYOUT = PageLayout(VectorLayout(64, 4, "int8"), VectorLayout(32, 3, "cubic"), page_size=16, kv_heads=2)
 RAW = PageLayout(VectorLayout(64, 2, "int8"), RawLayout(32, 4), page_size=16, kv_heads=2)
@@ -220,3 +221,13 @@ def test_exported_pages_can_be_adopted() -> None:
     for wrong, length in ((pages, 16), (pages.float(), 37), (pages[:, :1], 37)):
         with pytest.raises(ValueError, match="tokens need uint8"):
             other.adopt(wrong, length)
+
+
+@given(page_size=st.sampled_from([16, 48]), pages=st.permutations(range(6)), position=st.lists(st.integers(0, 47)))
+def test_slots(page_size: int, pages: list[int], position: list[int]) -> None:
+    tables = torch.tensor(pages, dtype=torch.int32).view(2, 3)
+    got = slots_at(tables, torch.tensor(position, dtype=torch.int64), page_size)
+    expected = [[int(row[p // page_size]) * page_size + p % page_size for p in position] for row in tables]
+    assert got.tolist() == expected
+    assert got.dtype == torch.int64
+    assert slots_at(tables[1], torch.tensor(position, dtype=torch.int64), page_size).tolist() == expected[1]

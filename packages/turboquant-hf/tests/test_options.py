@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
@@ -22,10 +23,36 @@ def test_bits(llama: Any, bits: Any) -> None:
     assert llama.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("options", [{"compress_v": "first"}, {"page_size": 0}, {"page_size": 20}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compress_v": "first"},
+        {"page_size": 0},
+        {"page_size": 20},
+        {"page_size": 64.0},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"seed": 1.0},
+        {"seed": True},
+    ],
+)
 def test_other_options(llama: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
         TurboQuantCache(llama.config, **options)
+
+
+def test_bits_of_a_layer_are_named_with_it(llama: Any) -> None:
+    with pytest.raises(LayoutError, match=r"bits is 5 for layer 1; the packed layout has \(2, 2\.5, 3, 3\.5, 4\)"):
+        TurboQuantCache(llama.config, bits={0: 4, 1: (4, 5)})
+    with pytest.raises(LayoutError, match=r"bits is \(4, 3, 2\) for layer 0; give one number"):
+        TurboQuantCache(llama.config, bits={0: (4, 3, 2)})
+
+
+def test_lists_and_numbers_of_numpy_are_bits(llama: Any) -> None:
+    cache = TurboQuantCache(llama.config, bits=[np.int64(4), 2.5], seed=np.int64(7))  # type: ignore[arg-type]
+    assert cache.options.layer_bits(0) == (4, 2.5)
+    assert type(cache.options.seed) is int
 
 
 def test_unknown_provider(llama: Any, prompt: torch.Tensor) -> None:

@@ -8,6 +8,11 @@ from torch import Tensor
 from .provider import Attended
 
 
+def scaling_of(query: Tensor, scaling: float | None) -> float:
+    """The multiplier of ``Q K^T``: ``scaling``, or for None ``head_dim ** -0.5`` of ``query`` ``[..., head_dim]``."""
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
+
+
 def attend_dense(
     query: Tensor,
     keys: Tensor,

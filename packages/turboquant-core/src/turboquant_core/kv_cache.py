@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .codec import CacheCodec
+from .dense import scaling_of
 from .layout import PageLayout, VectorLayout, bits_pair
 from .packed_sequences import MemoryFigures, PackedSequences
 from .provider import Attended, Gathered, KernelRequest
@@ -103,7 +104,7 @@ class TurboQuantKVCache:
 
         ``scaling=None`` stands for ``head_dim ** -0.5``.
         """
-        return self._sequences.past().attend(query, scaling=query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return self._sequences.past().attend(query, scaling=scaling_of(query, scaling))
 
     def memory(self) -> MemoryFigures:
         """True bytes of the cache, scales included."""

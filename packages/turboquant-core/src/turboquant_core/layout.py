@@ -69,18 +69,20 @@ def check_version(version: object) -> None:
         )
 
 
-def check_bits(bits: object) -> float:
+def check_bits(bits: object, where: str = "") -> float:
     """``bits`` as the layout writes it: an int for 2, 3 and 4, a float for 2.5 and 3.5.
+
+    ``where`` follows the value in the error.
 
     Raises:
         LayoutError: ``bits`` is not one of :data:`BITS`.
     """
     if isinstance(bits, bool) or not isinstance(bits, Real) or bits not in BITS:
-        raise LayoutError(f"bits is {bits!r}; the packed layout has {BITS}: choose one of them")
+        raise LayoutError(f"bits is {bits!r}{where}; the packed layout has {BITS}: choose one of them")
     return int(float(bits)) if float(bits).is_integer() else float(bits)
 
 
-def bits_pair(bits: object) -> tuple[float, float]:
+def bits_pair(bits: object, where: str = "") -> tuple[float, float]:
     """``bits`` of keys and of values, from one number for both or a pair; see :func:`check_bits`.
 
     Raises:
@@ -88,8 +90,8 @@ def bits_pair(bits: object) -> tuple[float, float]:
     """
     pair = bits if isinstance(bits, Sequence) and not isinstance(bits, str) else (bits, bits)
     if len(pair) != 2:
-        raise LayoutError(f"bits is {bits!r}; give one number for keys and values, or a pair (keys, values)")
-    return check_bits(pair[0]), check_bits(pair[1])
+        raise LayoutError(f"bits is {bits!r}{where}; give one number for keys and values, or a pair (keys, values)")
+    return check_bits(pair[0], where), check_bits(pair[1], where)
 
 
 @dataclass(frozen=True, slots=True)

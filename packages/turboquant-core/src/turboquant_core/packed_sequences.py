@@ -13,6 +13,7 @@ from .codec import CacheCodec
 from .integers import integer
 from .layout import PageLayout
 from .provider import Attended, Gathered, KernelProvider
+from .slots import slots_at
 
 _GROWTH = 8
 """New room is at least one part in this of what is there: appending one by one copies O(n) bytes in all."""
@@ -321,5 +322,4 @@ class PackedSequences:
 
     def _slots(self, start: int, stop: int) -> Tensor:
         position = torch.arange(start, stop, device=self.device)
-        page = self._block_table[:, position // self.layout.page_size].long()
-        return (page * self.layout.page_size + position % self.layout.page_size).flatten()
+        return slots_at(self._block_table, position, self.layout.page_size).flatten()

@@ -19,6 +19,7 @@ from .packed_sequences import MemoryFigures, PackedPast, check_appended, token_m
 from .provider import Gathered, KernelProvider
 from .recent_ring import RecentRing
 from .sink_tokens import SinkTokens
+from .slots import slots_at
 from .split_past import SplitPast
 from .windows import Windows
 
@@ -40,8 +41,7 @@ def _next_slots(filled: Tensor, block_table: Tensor, tokens: int, page_size: int
         f"the static cache has room for {capacity} tokens, which {tokens} more exceed: make it with more room",
     )
     position = filled + torch.arange(tokens, device=filled.device)
-    page = block_table[:, position // page_size].long()
-    return (page * page_size + position % page_size).flatten()
+    return slots_at(block_table, position, page_size).flatten()
 
 
 def _next_slots_fake(filled: Tensor, block_table: Tensor, tokens: int, page_size: int, capacity: int) -> Tensor:

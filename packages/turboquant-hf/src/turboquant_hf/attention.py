@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turboquant_core.dense import scaling_of
+
 from .compat import ATTENTION_FUNCTIONS, MASK_FUNCTIONS, eager_mask, sdpa_attention_forward, sdpa_mask
 from .fused import LARGEST_FUSED_QUERY, LONG_QUERY, fused_attention, unfit_query
 from .handle import StepPast, packed_pair
@@ -124,7 +126,7 @@ def _attend(
         step,
         query,
         visibility,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling_of(query, scaling),
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from turboquant_core.dense import scaling_of
+
 from .fused import LARGEST_FUSED_QUERY, LONG_QUERY, fused_attention, unfit_query
 from .handle import PackedTensor, StepPast, packed_pair
 from .visibility import Visibility, read_mask
@@ -49,8 +51,8 @@ def intercepted_attention(
     if step is not None:
         visibility = _readable(step, query, attn_mask, dropout_p, is_causal)
         if isinstance(visibility, Visibility):
-            step.counters.paths["intercepted"] += 1
-            scaling = query.shape[-1] ** -0.5 if scale is None else scale
+            step.counters.count("intercepted")
+            scaling = scaling_of(query, scale)
             return fused_attention(step, query, visibility, scaling=scaling)
         step.count_decoded(visibility)
     key, value = (_dense(x) for x in (key, value))

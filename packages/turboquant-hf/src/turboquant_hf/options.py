@@ -9,7 +9,8 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from turboquant_core import Windows
-from turboquant_core.layout import BITS, PAGE_SIZE_MULTIPLE, check_bits
+from turboquant_core.layout import bits_pair, check_page_size
+from turboquant_core.rotation import check_seed
 
 LayerBits: TypeAlias = float | tuple[float, float]
 Bits: TypeAlias = LayerBits | Mapping[int, LayerBits] | Callable[[int], LayerBits]
@@ -18,15 +19,6 @@ CenterKeys: TypeAlias = bool | Mapping[int, Tensor] | Sequence[Tensor] | Tensor
 
 BOUNDARY_LAYERS = 2
 """``compress_v="boundary"`` keeps the values of this many first and last layers in full precision."""
-
-
-def _pair(bits: object, where: str = "") -> tuple[float, float]:
-    """Bits of keys and of values."""
-    pair = bits if isinstance(bits, tuple) else (bits, bits)
-    if len(pair) != 2:
-        raise ValueError(f"bits is {bits!r}{where}; choose one of {BITS}, or a pair (keys, values) of them")
-    key, value = (check_bits(part) for part in pair)
-    return key, value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,16 +41,16 @@ class CacheOptions:
     def __post_init__(self) -> None:
         if isinstance(self.bits, Mapping):
             for layer_idx, bits in self.bits.items():
-                _pair(bits, f" for layer {layer_idx}")
+                bits_pair(bits, f" for layer {layer_idx}")
         elif not callable(self.bits):
-            _pair(self.bits)
+            bits_pair(self.bits)
         if not (isinstance(self.compress_v, bool) or callable(self.compress_v) or self.compress_v == "boundary"):
             raise ValueError(
                 f"compress_v is {self.compress_v!r}; it must be True, False, 'boundary' or a callable "
                 "(layer_idx, n_layers) -> bool"
             )
-        if self.page_size < PAGE_SIZE_MULTIPLE or self.page_size % PAGE_SIZE_MULTIPLE:
-            raise ValueError(f"page_size is {self.page_size}; it must be a positive multiple of {PAGE_SIZE_MULTIPLE}")
+        object.__setattr__(self, "page_size", check_page_size(self.page_size))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if not isinstance(self.center_keys, bool | Mapping | list | tuple | Tensor):
             raise ValueError(
                 f"center_keys is {self.center_keys!r}; it must be True, False, or a tensor [kv_heads, head_dim] for "
@@ -75,8 +67,8 @@ class CacheOptions:
         if isinstance(self.bits, Mapping):
             if layer_idx not in self.bits:
                 raise ValueError(f"bits has no entry{where}, which is packed; it has {sorted(self.bits)}")
-            return _pair(self.bits[layer_idx], where)
-        return _pair(self.bits(layer_idx) if callable(self.bits) else self.bits, where)
+            return bits_pair(self.bits[layer_idx], where)
+        return bits_pair(self.bits(layer_idx) if callable(self.bits) else self.bits, where)
 
     def packs_values(self, layer_idx: int, n_layers: int) -> bool:
         """Whether layer ``layer_idx`` of ``n_layers`` packs its values."""

@@ -12,6 +12,7 @@ from ..halves import by_part, joined
 from ..layout import ExactRows, PageLayout, RawLayout, VectorLayout
 from ..reference import ReferenceProvider
 from ..scale import MULTIPLIERS, ScaleRule
+from ..slots import slots_at
 
 SEARCH_TOLERANCE = 1e-6
 """Difference of two cosines that providers may round to either sign."""
@@ -119,10 +120,8 @@ def _random_block_table(layout: PageLayout, lengths: list[int], generator: torch
 
 def slots_of(block_table: Tensor, lengths: list[int], page_size: int) -> Tensor:
     """Slots int64 ``[sum(lengths)]`` of the tokens of each sequence, in order."""
-    rows = []
-    for row, length in enumerate(lengths):
-        position = torch.arange(length, device=block_table.device)
-        rows.append(block_table[row, position // page_size].long() * page_size + position % page_size)
+    position = [torch.arange(length, device=block_table.device) for length in lengths]
+    rows = [slots_at(row, own, page_size) for row, own in zip(block_table, position, strict=True)]
     return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar
@@ -30,6 +31,11 @@ PROPERTY = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
+
+
+def any_lengths(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test over batches of sequences of any lengths, with draws of its own."""
+    return PROPERTY(given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4), data=st.data())(test))
 
 
 class ProviderConformance(ExactRowsChecks):
@@ -395,33 +401,24 @@ class ProviderConformance(ExactRowsChecks):
         assert not got.out.any()
         assert (got.lse == -torch.inf).all()
 
-    @PROPERTY
-    @given(
-        lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
-        group_size=st.integers(1, 9),
-        data=st.data(),
-        seed=st.integers(0, 1000),
-    )
-    def test_attend_any_lengths(
-        self, provider: KernelProvider, lengths: list[int], group_size: int, data: st.DataObject, seed: int
-    ) -> None:
-        layout = self.layout(*data.draw(st.sampled_from(self.named_bits(mixed=False))), self.head_dims[0])
-        self.require(provider, layout, group_size)
-        self.check_attend(provider, self.case(layout, lengths, seed=seed), [1] * len(lengths), group_size)
+    @any_lengths
+    def test_attend_any_lengths(self, provider: KernelProvider, lengths: list[int], data: st.DataObject) -> None:
+        self._check_any_lengths(provider, lengths, data, mixed=False)
 
-    @PROPERTY
-    @given(
-        lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
-        group_size=st.integers(1, 9),
-        data=st.data(),
-        seed=st.integers(0, 1000),
-    )
+    @any_lengths
     def test_attend_any_lengths_in_fractional_bits(
-        self, provider: KernelProvider, lengths: list[int], group_size: int, data: st.DataObject, seed: int
+        self, provider: KernelProvider, lengths: list[int], data: st.DataObject
     ) -> None:
-        layout = self.layout(*data.draw(st.sampled_from(self.named_bits(mixed=True))), self.head_dims[0])
+        self._check_any_lengths(provider, lengths, data, mixed=True)
+
+    def _check_any_lengths(
+        self, provider: KernelProvider, lengths: list[int], data: st.DataObject, *, mixed: bool
+    ) -> None:
+        bits, group_size = data.draw(st.sampled_from(self.named_bits(mixed=mixed))), data.draw(st.integers(1, 9))
+        layout = self.layout(*bits, self.head_dims[0])
         self.require(provider, layout, group_size)
-        self.check_attend(provider, self.case(layout, lengths, seed=seed), [1] * len(lengths), group_size)
+        case = self.case(layout, lengths, seed=data.draw(st.integers(0, 1000)))
+        self.check_attend(provider, case, [1] * len(lengths), group_size)
 
     # Rules of the protocol ------------------------------------------------------------------------------------------
 
