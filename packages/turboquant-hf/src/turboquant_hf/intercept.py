@@ -51,7 +51,7 @@ def intercepted_attention(
     if step is not None:
         visibility = _readable(step, query, attn_mask, dropout_p, is_causal)
         if isinstance(visibility, Visibility):
-            step.counters.count("intercepted")
+            step.counters.paths["intercepted"] += 1
             scaling = scaling_of(query, scale)
             return fused_attention(step, query, visibility, scaling=scaling)
         step.count_decoded(visibility)
