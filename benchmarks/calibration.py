@@ -9,6 +9,8 @@ import torch
 from scoring import FULL, Observer, log_probabilities
 from torch import Tensor
 
+from turboquant_core.shaping import output_moment, query_moment
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -40,8 +42,7 @@ class _Sums(Observer):
 
     def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor) -> None:
         layer, heads = module.layer_idx, key.shape[1]
-        rows = query.float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
-        self.queries[layer] = self.queries.get(layer, 0) + rows.mT @ rows / rows.shape[1]
+        self.queries[layer] = self.queries.get(layer, 0) + query_moment(query, heads)
         self.keys[layer] = self.keys.get(layer, 0) + key.float().mean((0, 2))
         if layer not in self.outputs:
             self.outputs[layer] = _output_moment(module, heads, query.shape[-1])
@@ -51,8 +52,7 @@ def _output_moment(module: torch.nn.Module, kv_heads: int, head_dim: int) -> Ten
     projection = getattr(module, "o_proj", None)
     if projection is None:
         raise SystemExit(f"{type(module).__name__} has no o_proj, whose weight says which errors of values matter")
-    weight = projection.weight.detach().float().unflatten(1, (kv_heads, -1, head_dim))
-    return torch.einsum("ohgd,ohge->hde", weight, weight)
+    return output_moment(projection.weight, kv_heads, head_dim)
 
 
 def calibrate(model: Any, rows: list[Tensor]) -> Calibration:

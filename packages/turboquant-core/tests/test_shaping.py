@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turboquant_core import Codec, ReferenceProvider, VectorLayout, rotate
-from turboquant_core.shaping import ShapedCodec, shaped
+from turboquant_core.shaping import ShapedCodec, output_moment, query_moment, shaped
 
 HEADS, HEAD_DIM = 2, 64
 REFERENCE = ReferenceProvider()
@@ -135,3 +135,15 @@ def test_other_scale_rules_are_refused() -> None:
 def test_another_number_of_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="kv_heads = 2"):
         REFERENCE.encode(torch.randn(4, 3, HEAD_DIM), shaped(plain_codec(3), weight_of(HEAD_DIM)))
+
+
+def test_moments_are_sums_over_the_query_heads_of_a_kv_head() -> None:
+    generator = torch.Generator().manual_seed(8)
+    query = torch.randn(2, 6, 5, 4, generator=generator)
+    per_head = torch.einsum("bhtd,bhte->hde", query.double(), query.double()) / 10
+    expected = per_head.view(2, 3, 4, 4).mean(1)
+    torch.testing.assert_close(query_moment(query, 2).double(), expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(7, 6 * 4, generator=generator)
+    columns = weight.double().view(7, 6, 4)
+    expected = torch.stack([sum(columns[:, h].T @ columns[:, h] for h in group) for group in ((0, 1, 2), (3, 4, 5))])
+    torch.testing.assert_close(output_moment(weight, 2, 4).double(), expected, rtol=1e-5, atol=1e-5)

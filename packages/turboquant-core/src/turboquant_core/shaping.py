@@ -64,6 +64,36 @@ class ShapedCodec(Codec):
         return ShapedCodec(**kept, weight=weight.to(device), feedback=feedback.to(device), sweeps=self.sweeps)
 
 
+def query_moment(query: Tensor, kv_heads: int) -> Tensor:
+    """Weight of keys: ``E[q q^T]`` over tokens, sequences and the query heads of a KV head.
+
+    Args:
+        query: float ``[batch, q_heads, tokens, head_dim]``, after the position embedding.
+        kv_heads: a divisor of ``q_heads``.
+
+    Returns:
+        float32 ``[kv_heads, head_dim, head_dim]``.
+    """
+    rows = query.float().unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 3)
+    moment: Tensor = rows.mT @ rows / rows.shape[1]
+    return moment
+
+
+def output_moment(weight: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+    """Weight of values: ``sum(W_o^T W_o)`` over the query heads of a KV head.
+
+    Args:
+        weight: float ``[hidden_size, q_heads * head_dim]``, of the output projection.
+        kv_heads: a divisor of ``q_heads``.
+        head_dim: coordinates of a value.
+
+    Returns:
+        float32 ``[kv_heads, head_dim, head_dim]``.
+    """
+    by_head = weight.detach().float().unflatten(1, (kv_heads, -1, head_dim))
+    return torch.einsum("ohgd,ohge->hde", by_head, by_head)
+
+
 def shaped(codec: Codec, weight: Tensor, *, damping: float = DAMPING, sweeps: int = SWEEPS) -> ShapedCodec:
     """``codec`` with codes shaped by ``weight``.
 
