@@ -55,6 +55,10 @@ class SplitPast(ABC):
         A position from ``end`` on stands for none.
         """
 
+    @abstractmethod
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
+        """As :meth:`PackedPast.read`; tokens in a window are exact."""
+
     @property
     def codec(self) -> CacheCodec:
         """Codecs of the packed tokens."""

@@ -189,8 +189,8 @@ class StaticSequences:
             return
         self._pack(keys, values)
         self._keep_exact(keys, values, seq_starts)
+        self.exact_from.copy_(self.exact_from_after(tokens))
         self.filled.add_(tokens)
-        self.exact_from.copy_(self._exact_from())
 
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         layout, tokens = self.layout, keys.shape[2]
@@ -213,10 +213,14 @@ class StaticSequences:
         for held, new in zip((*self.sinks.kept, self.sinks.starts), (*after.kept, after.starts), strict=True):
             held.copy_(new)
 
-    def _exact_from(self) -> Tensor:
-        """As :meth:`Windows.unpacked`: what was packed once is not read from the window again."""
-        border = torch.maximum(self.exact_from, self.filled - self.windows.recent_tokens)
-        waits = (self.exact_from == 0) & (self.filled <= self.windows.start_after)
+    def exact_from_after(self, tokens: int) -> Tensor:
+        """Where the recent window begins once ``tokens`` more are there, int64 scalar.
+
+        As :meth:`Windows.unpacked` says: what was packed once is not read from the window again.
+        """
+        filled = self.filled + tokens
+        border = torch.maximum(self.exact_from, filled - self.windows.recent_tokens)
+        waits = (self.exact_from == 0) & (filled <= self.windows.start_after)
         return torch.where(waits, 0, border)
 
     def past(self) -> StaticPast:

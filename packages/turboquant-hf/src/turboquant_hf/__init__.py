@@ -16,6 +16,7 @@ from .compatibility import Compatibility, check_model_compatibility
 from .memory import CacheMemory
 from .patch import patch_model, turboquant, unpatch_model
 from .quality import LayerQuality, QualityWarning
+from .static_cache import TurboQuantStaticCache
 from .storage import CacheFileError
 from .summary import LayerSummary, Summary
 from .verify import Verification, verify_model
@@ -29,6 +30,7 @@ __all__ = [
     "QualityWarning",
     "Summary",
     "TurboQuantCache",
+    "TurboQuantStaticCache",
     "Verification",
     "__version__",
     "check_model_compatibility",

@@ -14,8 +14,10 @@ from turboquant_core.dense import scaling_of
 
 from .compat import ATTENTION_FUNCTIONS, MASK_FUNCTIONS, eager_mask, sdpa_attention_forward, sdpa_mask
 from .fused import LARGEST_FUSED_QUERY, LONG_QUERY, fused_attention, unfit_query
-from .handle import StepPast, packed_pair
-from .visibility import Visibility, read_mask
+from .handle import StepPast
+from .traced import packed_pair
+from .visibility import Visibility, pattern
+from .visibility_on_device import visibility_of
 
 NAME = "turboquant"
 """Attention implementation over ``sdpa``: prefill and unpacked layers run ``sdpa``."""
@@ -71,15 +73,14 @@ def _visibility(
     unfit = unfit_query(step, query, needs_offset=bool(_OFFSET_MATTERS & {n for n in kwargs if kwargs[n] is not None}))
     if unfit is not None:
         return unfit
-    return read_mask(mask, query.shape[0], query.shape[2], step.length, _is_causal(module, kwargs), step.window)
+    return visibility_of(step, query, mask, _is_causal(module, kwargs))
 
 
-def _causal_mask(base: Attention, query: Tensor, length: int, window: int | None) -> Tensor:
+def _causal_mask(base: Attention, query: Tensor, step: StepPast) -> Tensor:
     """Mask ``[1, 1, q_len, length]``, aligned to the last key: what a missing mask means over a past."""
-    q_len = query.shape[2]
-    position = torch.arange(length - q_len, length, device=query.device).view(1, 1, -1, 1)
-    key = torch.arange(length, device=query.device).view(1, 1, 1, -1)
-    visible = (key <= position) & (key > position - (window or length))
+    first = torch.zeros(1, dtype=torch.int64, device=query.device)
+    hidden = step.past.length - step.length
+    visible = pattern(first, query.shape[2], step.length, True, step.window, step.past.end - hidden).unsqueeze(1)
     if base is sdpa_attention_forward:
         return visible
     return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
@@ -93,8 +94,9 @@ def _decoded_attention(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if mask is None and 1 < query.shape[2] < step.length and _is_causal(module, kwargs):
-        mask = _causal_mask(base, query, step.length, step.window)
+    is_partial = 1 < query.shape[2] < step.length and _is_causal(module, kwargs)
+    if mask is None and (is_partial or step.has_room):
+        mask = _causal_mask(base, query, step)
     return base(module, query, *step.decoded, mask, **kwargs)
 
 
@@ -121,7 +123,7 @@ def _attend(
     if isinstance(visibility, str):
         step.count_decoded(visibility)
         return _decoded_attention(base, module, query, step, attention_mask, scaling=scaling, **kwargs)
-    step.counters.paths["fused"] += 1
+    step.counters.count("fused")
     out = fused_attention(
         step,
         query,

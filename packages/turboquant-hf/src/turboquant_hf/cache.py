@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from turboquant_core import Windows
 
 from .compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from .held_text import HeldText
 from .layer import TurboQuantLayer
-from .memory import CacheMemory
 from .options import Bits, CacheOptions, CenterKeys, CompressV
-from .padding import Padding
+from .packed_cache import PackedCache
 from .sliding_layer import TurboQuantSlidingLayer
-from .storage import fingerprint, load_layers, save_layers
-from .summary import LayerSummary, Summary
-
-if TYPE_CHECKING:
-    from .verify import Verification
+from .storage import load_layers, save_layers
 
 
-class TurboQuantCache(DynamicCache):
+class TurboQuantCache(PackedCache, DynamicCache):
     """Drop-in for ``DynamicCache``: pass it as ``cache`` (``past_key_values`` before Transformers 5.24).
 
     Full-attention layers are packed, and sliding-window layers on demand; linear-attention and other special layers
@@ -59,10 +52,9 @@ class TurboQuantCache(DynamicCache):
 
     Raises:
         ValueError: an option is out of range, or the model has no layer that can be packed.
-
-    Attributes:
-        verification: what :func:`patch_model` measured; None for a cache made here.
     """
+
+    _stock = "DynamicCache"
 
     def __init__(
         self,
@@ -83,18 +75,8 @@ class TurboQuantCache(DynamicCache):
     ) -> None:
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         windows = Windows(sink_tokens, recent_tokens, start_after)
-        self._fingerprint = fingerprint(config)
-        self.text = HeldText()
-        self.padding = Padding(is_wanted=sink_tokens > 0)
-        self.verification: Verification | None = None
-        self.options = CacheOptions(bits, compress_v, seed, page_size, provider, center_keys, windows, compress_sliding)
-        self.layers = [self._packed(index, layer) for index, layer in enumerate(self.layers)]
-        if not any(isinstance(layer, TurboQuantLayer) for layer in self.layers):
-            kinds = sorted({type(layer).__name__ for layer in self.layers}) or ["none"]
-            raise ValueError(
-                f"{type(config).__name__} has no layer to pack (its layers: {', '.join(kinds)}): use DynamicCache for "
-                "this model, or compress_sliding=True where its layers have sliding windows"
-            )
+        options = CacheOptions(bits, compress_v, seed, page_size, provider, center_keys, windows, compress_sliding)
+        self._pack_layers(config, options)
 
     def _packed(self, index: int, layer: Any) -> Any:
         # Exactly these types: subclasses keep more than keys and values.
@@ -103,49 +85,6 @@ class TurboQuantCache(DynamicCache):
         if self.options.compress_sliding and type(layer) is DynamicSlidingWindowLayer:
             return TurboQuantSlidingLayer(index, len(self.layers), self.options, self.padding, layer.sliding_window)
         return layer
-
-    def note_padding(self, attention_mask: Tensor) -> None:
-        """Say where left-padded sequences begin, before a forward; a patched model does it.
-
-        Args:
-            attention_mask: ``[batch, tokens]``, nonzero where visible, cached tokens included.
-
-        Raises:
-            ValueError: another number of dimensions.
-        """
-        self.padding.note(attention_mask)
-
-    def key_centers(self) -> dict[int, Tensor]:
-        """Means that were subtracted, float32 ``[kv_heads, head_dim]`` by layer, to be given as ``center_keys``."""
-        stores = {i: layer.store for i, layer in enumerate(self.layers) if isinstance(layer, TurboQuantLayer)}
-        centers = {i: store.codec.key.center for i, store in stores.items() if store is not None}
-        return {i: center for i, center in centers.items() if center is not None}
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens of every layer."""
-        super().crop(tokens_to_remove)
-        self.text.crop(self.get_seq_length())
-
-    def reset(self) -> None:
-        """Forget everything: the next prompt may be any."""
-        super().reset()  # type: ignore[no-untyped-call]
-        self.text.forget()
-        self.padding.forget()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Give sequence ``i`` the past of sequence ``beam_idx[i]``."""
-        super().reorder_cache(beam_idx)
-        self.text.select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times."""
-        super().batch_repeat_interleave(repeats)
-        self.text.repeat(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` (integers or a boolean mask)."""
-        super().batch_select_indices(indices)
-        self.text.select(indices)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that is held to a safetensors file, which appears whole or not at all.
@@ -171,14 +110,3 @@ class TurboQuantCache(DynamicCache):
         ids = load_layers(path, self.layers, self._header(), torch.device(device))
         if ids is not None:
             self.text.note(ids)
-
-    def _header(self) -> dict[str, Any]:
-        return {"model": self._fingerprint, "seed": self.options.seed, "page_size": self.options.page_size}
-
-    def memory(self) -> CacheMemory:
-        """True bytes of all layers, packed or not."""
-        return CacheMemory.of(self.layers)
-
-    def summary(self) -> Summary:
-        """Each layer with its path, calls and bytes; print it."""
-        return Summary(tuple(LayerSummary.of(index, layer) for index, layer in enumerate(self.layers)))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from inspect import signature
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASK_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
@@ -23,6 +31,9 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "PreTrainedModel",
+    "StaticCache",
+    "StaticLayer",
+    "StaticSlidingWindowLayer",
     "eager_mask",
     "sdpa_attention_forward",
     "sdpa_mask",

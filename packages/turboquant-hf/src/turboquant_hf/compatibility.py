@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache import TurboQuantCache
 from .compat import PreTrainedModel
-from .layer import TurboQuantLayer
+from .packed_layer import PackedLayer
 from .patch import patch_model, unpatch_model
 from .prompts import is_watched
 from .registration import check_attention, why_not_registered
@@ -99,7 +99,7 @@ def check_model_compatibility(model: PreTrainedModel, **options: Any) -> Compati
 
 def _report(model: PreTrainedModel, cache: TurboQuantCache) -> Compatibility:
     layers = {layer.layer_idx: layer for layer in cache.summary().layers}
-    packed = [layer for layer in cache.layers if isinstance(layer, TurboQuantLayer)]
+    packed = [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
     head_dims = [layer.store.layout.key.head_dim for layer in packed if layer.store is not None]
     paths = [layers[layer.layer_idx].path for layer in packed]
     return Compatibility(

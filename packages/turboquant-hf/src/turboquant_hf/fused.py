@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .handle import StepPast
 from .visibility import Visibility
+from .visibility_on_device import must_not_wait
 
 LARGEST_FUSED_QUERY = 16
 """Longer chunks read every key for many queries at once: decoding once is cheaper than packed attention."""
@@ -72,9 +73,15 @@ def _starts(step: StepPast, visibility: Visibility) -> Tensor | None:
 
 
 def _check_sinks(step: StepPast, visibility: Visibility) -> None:
-    if step.past.sinks.count and visibility.seq_starts is not None and not step.padding_is_known:
-        warnings.warn(
-            "sink_tokens kept padding in full precision, because the cache was not told of the left padding: use "
-            "patch_model(), or call note_padding(attention_mask) on the cache before each forward",
-            stacklevel=2,
+    if not step.past.sinks.count or visibility.seq_starts is None or step.padding_is_known:
+        return
+    if must_not_wait(step.past.device):
+        raise ValueError(
+            "sink_tokens in a compiled step: the cache must know where sequences begin, call "
+            "note_padding(attention_mask) on it once, before the prompt"
         )
+    warnings.warn(
+        "sink_tokens kept padding in full precision, because the cache was not told of the left padding: use "
+        "patch_model(), or call note_padding(attention_mask) on the cache before each forward",
+        stacklevel=2,
+    )

@@ -7,17 +7,19 @@ packed pages; any other operation decodes first, is right, slower, and counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from turboquant_core import Gathered, WindowedPast
+from turboquant_core import Gathered
+from turboquant_core.split_past import SplitPast
 
 from .counters import LayerCounters
+
+Kind: TypeAlias = Literal["keys", "values"]
 
 
 class StepPast:
@@ -34,7 +36,7 @@ class StepPast:
 
     def __init__(
         self,
-        past: WindowedPast,
+        past: SplitPast,
         dtype: torch.dtype,
         counters: LayerCounters,
         *,
@@ -49,6 +51,7 @@ class StepPast:
         self.window = window
         self.padding_is_known = padding_is_known
         self._is_counted = False
+        self._decoded: Gathered | None = None
 
     @property
     def hidden(self) -> int:
@@ -59,28 +62,40 @@ class StepPast:
         """Count this forward as decoded; only its first reason counts, a model's attention has several operations."""
         if not self._is_counted:
             self._is_counted = True
-            self.counters.decoded(reason)
+            self.counters.count("decoded", reason)
 
-    @cached_property
+    @property
+    def has_room(self) -> bool:
+        """Whether the handles show room behind the last token, which attention must not see."""
+        return not isinstance(self.past.end, int)
+
+    @property
     def decoded(self) -> Gathered:
         """Dense keys and values, decoded once however many operations ask."""
-        keys, values = self.past.read(self.hidden, self.past.length, self.dtype)
-        # The strides that the handles have promised: models call view().
-        return Gathered(keys.contiguous(), values.contiguous())
+        if self._decoded is None:
+            keys, values = self.past.read(self.hidden, self.past.length, self.dtype)
+            # The strides that the handles have promised: models call view().
+            self._decoded = Gathered(keys.contiguous(), values.contiguous())
+        return self._decoded
+
+    def shape(self, kind: Kind) -> tuple[int, int, int, int]:
+        """Of the dense keys or values."""
+        layout = self.past.codec.layout
+        head_dim = layout.key.head_dim if kind == "keys" else layout.value.head_dim
+        return self.past.batch, layout.kv_heads, self.length, head_dim
 
 
 class PackedTensor(Tensor):
     """Keys or values ``[batch, kv_heads, length, head_dim]`` of a packed layer; see the module."""
 
     step: StepPast
-    kind: Literal["keys", "values"]
+    kind: Kind
 
     @staticmethod
-    def __new__(cls, step: StepPast, kind: Literal["keys", "values"]) -> PackedTensor:
-        layout = step.past.codec.layout
-        head_dim = layout.key.head_dim if kind == "keys" else layout.value.head_dim
-        shape = (step.past.batch, layout.kv_heads, step.length, head_dim)
-        self: PackedTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=step.dtype, device=step.past.device)
+    def __new__(cls, step: StepPast, kind: Kind) -> PackedTensor:
+        self: PackedTensor = Tensor._make_wrapper_subclass(
+            cls, step.shape(kind), dtype=step.dtype, device=step.past.device
+        )
         self.step, self.kind = step, kind
         return self
 
@@ -118,10 +133,3 @@ class PackedTensor(Tensor):
             return value.dense()
 
         return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))
-
-
-def packed_pair(key: Tensor, value: Tensor) -> StepPast | None:
-    """The past that ``key`` and ``value`` both stand for; None when they are ordinary tensors."""
-    if isinstance(key, PackedTensor) and isinstance(value, PackedTensor) and key.step is value.step:
-        return key.step
-    return None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant_core.dense import scaling_of
 
 from .fused import LARGEST_FUSED_QUERY, LONG_QUERY, fused_attention, unfit_query
-from .handle import PackedTensor, StepPast, packed_pair
-from .visibility import Visibility, read_mask
+from .handle import PackedTensor, StepPast
+from .traced import TracedTensor, packed_pair
+from .visibility import Visibility, pattern
+from .visibility_on_device import visibility_of
 
 
 def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Visibility | str:
-    q_len, length = query.shape[2], step.length
     if dropout > 0:
         return "attention dropout"
     if is_causal:
@@ -21,16 +25,16 @@ def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float
         return "is_causal with a past"
     if query.shape[1] % step.past.codec.layout.kv_heads:
         return f"{query.shape[1]} query heads over {step.past.codec.layout.kv_heads} KV heads"
-    if q_len > LARGEST_FUSED_QUERY and mask is not None:
+    if query.shape[2] > LARGEST_FUSED_QUERY and mask is not None:
         return LONG_QUERY
     unfit = unfit_query(step, query)
     if unfit is not None:
         return unfit
-    return read_mask(mask, query.shape[0], q_len, length, causal=False, window=step.window)
+    return visibility_of(step, query, mask, causal=False)
 
 
-def _dense(x: Tensor) -> Tensor:
-    if not isinstance(x, PackedTensor):
+def _dense(x: Any) -> Any:
+    if not isinstance(x, PackedTensor | TracedTensor):
         return x
     x.step.count_decoded("keys or values that the model changes before attention")
     return x.dense()
@@ -51,10 +55,13 @@ def intercepted_attention(
     if step is not None:
         visibility = _readable(step, query, attn_mask, dropout_p, is_causal)
         if isinstance(visibility, Visibility):
-            step.counters.paths["intercepted"] += 1
+            step.counters.count("intercepted")
             scaling = scaling_of(query, scale)
             return fused_attention(step, query, visibility, scaling=scaling)
         step.count_decoded(visibility)
+        if attn_mask is None and not is_causal and step.has_room:
+            first = torch.zeros(1, dtype=torch.int64, device=query.device)
+            attn_mask = pattern(first, 1, step.length, False, None, step.past.end).unsqueeze(1)
     key, value = (_dense(x) for x in (key, value))
     return F.scaled_dot_product_attention(
         query,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turboquant_core import MemoryFigures
 
-from .layer import TurboQuantLayer
+from .packed_layer import PackedLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class CacheMemory(MemoryFigures):
         """Sum over the layers of a cache."""
         total, bf16 = MemoryFigures(0, 0, 0), 0
         for layer in layers:
-            figures = layer.memory() if isinstance(layer, TurboQuantLayer) else dense_memory(layer)
+            figures = layer.memory() if isinstance(layer, PackedLayer) else dense_memory(layer)
             total += figures
             bf16 += figures.uncompressed * torch.bfloat16.itemsize // _itemsize(layer)
         return cls(total.stored, total.allocated, total.uncompressed, bf16)
@@ -52,6 +52,6 @@ def _kept(layer: Any) -> list[Tensor]:
 
 def _itemsize(layer: Any) -> int:
     """Bytes of a coordinate in the dtype of the layer."""
-    if isinstance(layer, TurboQuantLayer):
+    if isinstance(layer, PackedLayer):
         return layer.dtype.itemsize if layer.is_initialized else torch.bfloat16.itemsize
     return max((tensor.itemsize for tensor in _kept(layer)), default=torch.bfloat16.itemsize)

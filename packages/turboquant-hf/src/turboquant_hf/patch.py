@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from .presets import BitsOrPreset, resolve
 from .prompts import unwatch_prompts, watch_prompts
 from .quality import QualityWarning, concerns
 from .registration import BASES, NAMES, check_attention, why_not_registered
-from .verify import verify_model
+from .static_cache import TurboQuantStaticCache
+from .verify import verify_model, verify_static
 
 
 def _switch(model: PreTrainedModel, names: dict[str, str]) -> None:
@@ -29,14 +30,39 @@ def _switch(model: PreTrainedModel, names: dict[str, str]) -> None:
         model.set_attn_implementation({"text_config": target} if "text_config" in model.config.sub_configs else target)
 
 
+@overload
 def patch_model(
     model: PreTrainedModel,
     bits: BitsOrPreset = 4,
     *,
+    max_cache_len: None = None,
     verify: bool = True,
     calibration: Tensor | None = None,
     **options: Any,
-) -> TurboQuantCache:
+) -> TurboQuantCache: ...
+
+
+@overload
+def patch_model(
+    model: PreTrainedModel,
+    bits: BitsOrPreset = 4,
+    *,
+    max_cache_len: int,
+    verify: bool = True,
+    calibration: Tensor | None = None,
+    **options: Any,
+) -> TurboQuantStaticCache: ...
+
+
+def patch_model(
+    model: PreTrainedModel,
+    bits: BitsOrPreset = 4,
+    *,
+    max_cache_len: int | None = None,
+    verify: bool = True,
+    calibration: Tensor | None = None,
+    **options: Any,
+) -> TurboQuantCache | TurboQuantStaticCache:
     """Make ``model`` attend to packed pages and return a cache for it.
 
     Warns (:class:`QualityWarning`) when verification finds that packing changes the attention of a layer too much.
@@ -51,8 +77,10 @@ def patch_model(
             (about twenty passes over 512 tokens more than it has layers).
         calibration: int64 ``[1, tokens]`` that ``"auto"`` measures on; None takes the doctor's text and the tokenizer
             in the model's folder.
+        max_cache_len: tokens of a static cache (:class:`TurboQuantStaticCache`), for compiled models; None for one
+            that grows.
         verify: compare a short generation with the stock cache (:func:`turboquant_hf.verify_model`) before returning.
-        options: of :class:`TurboQuantCache`.
+        options: of the cache.
 
     Returns:
         An empty cache; what was verified is in its ``verification``. Pass it to ``generate`` as ``cache``
@@ -68,7 +96,10 @@ def patch_model(
     def fresh() -> TurboQuantCache:
         return TurboQuantCache(model.config, numbers, **options)
 
-    cache = fresh()
+    def static(room: int) -> TurboQuantStaticCache:
+        return TurboQuantStaticCache(model.config, room, numbers, **options)
+
+    cache = fresh() if max_cache_len is None else static(max_cache_len)
     check_attention(model)
     watch_prompts(model)
     if why_not_registered(model) is None:
@@ -77,6 +108,8 @@ def patch_model(
     if verify:
         try:
             cache.verification = verify_model(model, fresh)
+            if max_cache_len is not None:
+                verify_static(model, static, fresh)
         except (TurboQuantError, ValueError):
             unpatch_model(model)
             raise
@@ -93,15 +126,22 @@ def unpatch_model(model: PreTrainedModel) -> None:
 
 @contextmanager
 def turboquant(
-    model: PreTrainedModel, bits: BitsOrPreset = 4, *, calibration: Tensor | None = None, **options: Any
+    model: PreTrainedModel,
+    bits: BitsOrPreset = 4,
+    *,
+    max_cache_len: int | None = None,
+    calibration: Tensor | None = None,
+    **options: Any,
 ) -> Iterator[None]:
     """Within the block, every ``model.generate()`` without a cache gets a fresh packed one.
 
-    Pipelines and evaluation harnesses, which pass no cache, profit too.
+    Pipelines and evaluation harnesses, which pass no cache, profit too. ``cache_implementation="static"`` gives a
+    static cache (:class:`TurboQuantStaticCache`) as long as the call may need.
 
     Args:
         model: a decoder.
         bits: see :func:`patch_model`.
+        max_cache_len: every cache is static, with room for so many tokens.
         calibration: see :func:`patch_model`.
         options: of :func:`patch_model`.
 
@@ -110,14 +150,21 @@ def turboquant(
         ValueError: an option is out of range.
     """
     numbers, options = resolve(model, bits, options, calibration)
-    patch_model(model, numbers, **options)
+    patch_model(model, numbers, max_cache_len=max_cache_len, **options)
     cache_options = {name: value for name, value in options.items() if name != "verify"}
     prepare: Any = model._prepare_cache_for_generation
 
-    def with_fresh_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def with_fresh_cache(
+        generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
         if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_ARGUMENT] = TurboQuantCache(model.config, numbers, **cache_options)
-        return prepare(generation_config, model_kwargs, *args, **kwargs)
+            room = max_cache_len or _static_room(generation_config, max_cache_length)
+            model_kwargs[CACHE_ARGUMENT] = (
+                TurboQuantCache(model.config, numbers, **cache_options)
+                if room is None
+                else TurboQuantStaticCache(model.config, room, numbers, **cache_options)
+            )
+        return prepare(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
     # On the instance, where it hides the method of the class.
     vars(model)["_prepare_cache_for_generation"] = with_fresh_cache
@@ -126,3 +173,12 @@ def turboquant(
     finally:
         del vars(model)["_prepare_cache_for_generation"]
         unpatch_model(model)
+
+
+def _static_room(generation_config: Any, max_cache_length: int) -> int | None:
+    """Tokens of the static cache that a call asks for; None when it asks for none."""
+    if generation_config.cache_implementation != "static":
+        return None
+    # Transformers accepts a cache or its name; this configuration is the call's own copy.
+    generation_config.cache_implementation = None
+    return max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)

@@ -15,34 +15,43 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
+from .packed_cache import PackedCache
 from .padding import Padding
+from .static_cache import TurboQuantStaticCache
 
 _METHOD = "prepare_inputs_for_generation"
 
 
-def _see(cache: TurboQuantCache, input_ids: Tensor, arguments: dict[str, Any]) -> None:
-    length = cache.get_seq_length()
+def _see(cache: PackedCache, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+    is_empty = not cache.has_past if isinstance(cache, TurboQuantStaticCache) else cache.get_seq_length() == 0
     # None: only new tokens are passed, chunk by chunk or by a caller who knows what is cached.
-    is_whole = length == 0 or arguments.get("next_sequence_length") is not None
+    is_whole = is_empty or arguments.get("next_sequence_length") is not None
     if arguments.get("inputs_embeds") is not None or not is_whole:
         cache.text.forget()
         return
     if arguments.get("is_first_iteration"):
-        cache.text.check(input_ids, length)
+        cache.text.check(input_ids, int(cache.get_seq_length()))
+    if isinstance(cache, TurboQuantStaticCache):
+        cache.check_room(input_ids.shape[1])
+        # The forward gets a mask of four dimensions, made before it.
+        _note_mask(cache.padding, arguments.get("attention_mask"))
     cache.text.note(input_ids)
+
+
+def _note_mask(padding: Padding, mask: Any) -> None:
+    if padding.is_wanted and isinstance(mask, Tensor) and mask.dim() == 2:
+        padding.note(mask)
 
 
 def _note_padding(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
     """Tell a packed cache where its sequences begin: its layers see no mask."""
     cache = kwargs.get(CACHE_ARGUMENT)
     padding = getattr(getattr(cache, "self_attention_cache", cache), "padding", None)
-    if not isinstance(padding, Padding) or not padding.is_wanted:
-        return
-    mask = kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        padding.note(mask)
+    if isinstance(padding, Padding):
+        _note_mask(
+            padding, kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+        )
 
 
 _hooks: MutableMapping[PreTrainedModel, RemovableHandle] = WeakKeyDictionary()
@@ -57,7 +66,7 @@ def watch_prompts(model: PreTrainedModel) -> None:
     @wraps(original)
     def prepare(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE_ARGUMENT)
-        if isinstance(cache, TurboQuantCache):
+        if isinstance(cache, PackedCache):
             _see(cache, input_ids, kwargs)
         return original(self, input_ids, *args, **kwargs)
 

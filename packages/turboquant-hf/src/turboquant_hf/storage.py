@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 
 from turboquant_core import LAYOUT_VERSION, TurboQuantError
 
-from .layer import LayerShape, TurboQuantLayer
+from .layer import TurboQuantLayer
+from .packed_layer import LayerShape
 from .sliding_layer import TurboQuantSlidingLayer
 
 FORMAT = "turboquant-cache"

@@ -7,8 +7,8 @@ from typing import Any
 
 from turboquant_core import MemoryFigures
 
-from .layer import TurboQuantLayer
 from .memory import dense_memory
+from .packed_layer import PackedLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class LayerSummary:
         layer_idx: position in the model.
         path: ``fused``, ``intercepted``, ``decoded`` (or several joined by ``+``), ``unused``, or ``uncompressed``.
         bits: (keys, values), None for full precision.
-        calls: attention calls over a packed past.
+        calls: attention calls over a packed past; those of compiled graphs are not counted.
         reasons: why calls were decoded, with their number; for an uncompressed layer, its kind.
         memory: bytes.
     """
@@ -34,7 +34,7 @@ class LayerSummary:
     @classmethod
     def of(cls, layer_idx: int, layer: Any) -> LayerSummary:
         """Summarise a layer of a cache."""
-        if not isinstance(layer, TurboQuantLayer):
+        if not isinstance(layer, PackedLayer):
             return cls(layer_idx, "uncompressed", (None, None), 0, (type(layer).__name__,), dense_memory(layer))
         counters = layer.counters
         return cls(
@@ -42,7 +42,7 @@ class LayerSummary:
             counters.path,
             (layer.bits[0], layer.bits[1] if layer.packs_values else None),
             sum(counters.paths.values()),
-            tuple(f"{reason} ({count})" for reason, count in counters.reasons.items()),
+            counters.why_decoded,
             layer.memory(),
         )
 

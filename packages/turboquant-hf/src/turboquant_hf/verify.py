@@ -16,10 +16,12 @@ from torch import Tensor
 from turboquant_core import TurboQuantError
 
 from .cache import TurboQuantCache
-from .compat import CACHE_ARGUMENT, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedModel
+from .compat import CACHE_ARGUMENT, Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedModel
 from .layer import TurboQuantLayer
 from .quality import LayerQuality, probe_layers
+from .round_trip import round_trip
 from .sliding_layer import TurboQuantSlidingLayer
+from .static_cache import TurboQuantStaticCache
 
 PROMPT_TOKENS = 24
 DECODE_STEPS = 4
@@ -64,13 +66,7 @@ class DecodedUpdate:
 
     def _round_trip(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         store = self.packed.packed_sequences
-        codec, provider = store.codec, store.provider
-        # A centre belongs to a KV head: heads come next to last.
-        by_head = key.transpose(1, 2)
-        key = provider.decode(provider.encode(by_head, codec.key), codec.key, key.dtype).transpose(1, 2)
-        if codec.value is None:
-            return key, value
-        return key, provider.decode(provider.encode(value, codec.value), codec.value, value.dtype)
+        return round_trip(store.codec, store.provider, key, value)
 
 
 def _choose(both: Tensor, is_exact: Tensor) -> Tensor:
@@ -136,7 +132,7 @@ def _steps(vocabulary: int, device: torch.device) -> list[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def run_steps(model: PreTrainedModel, cache: DynamicCache) -> Tensor:
+def run_steps(model: PreTrainedModel, cache: Cache) -> Tensor:
     """Run a left-padded prompt, single tokens and a step of several over ``cache``.
 
     Returns:
@@ -178,8 +174,33 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
     """
     cache = make_cache()
     probes = probe_layers(cache)
+    error, tolerance = _compare(model, cache, make_cache())
+    return Verification(error, tolerance, tuple(probe.quality(index) for index, probe in probes.items()))
+
+
+def verify_static(
+    model: PreTrainedModel,
+    make_static: Callable[[int], TurboQuantStaticCache],
+    make_cache: Callable[[], TurboQuantCache],
+) -> None:
+    """Check the wiring over a static cache, uncompiled, in the same steps.
+
+    Args:
+        model: the model, patched or not.
+        make_static: gives an empty static cache with room for so many tokens.
+        make_cache: gives an empty growing cache with the same options.
+
+    Raises:
+        ValueError: the model is an encoder-decoder.
+        TurboQuantError: logits over packed pages differ from those over the same decoded vectors.
+    """
+    _compare(model, make_static(PROMPT_TOKENS + DECODE_STEPS + CHUNK_TOKENS), make_cache())
+
+
+def _compare(model: PreTrainedModel, cache: Cache, reference: TurboQuantCache) -> tuple[float, float]:
+    """Error of ``cache`` against the twin of ``reference``, and the tolerance that it keeps."""
     packed = run_steps(model, cache)
-    expected = run_steps(model, decoded_twin(make_cache(), model.config))
+    expected = run_steps(model, decoded_twin(reference, model.config))
     error = float((packed - expected).abs().max() / expected.square().mean().sqrt())
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if not error <= tolerance:
@@ -187,4 +208,4 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
             f"{type(model).__name__} gives other logits over packed pages than over the same vectors decoded: "
             f"relative error {error:.3g}, allowed {tolerance:.3g}. It is left unpatched; verify=False skips this check"
         )
-    return Verification(error, tolerance, tuple(probe.quality(index) for index, probe in probes.items()))
+    return error, tolerance

@@ -29,13 +29,14 @@ class Visibility:
     window: int | None = None
 
 
-def _as_bool(mask: Tensor) -> Tensor:
+def as_bool(mask: Tensor) -> Tensor:
     """True where a key is visible; additive masks hide with values near the dtype's minimum."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _is_additive_zero_or_hidden(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all())
+def is_bias(mask: Tensor) -> Tensor:
+    """Bool scalar: whether an additive mask does anything else than to hide."""
+    return ((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()
 
 
 def _padding_of(mask: Tensor) -> Tensor | None:
@@ -46,14 +47,14 @@ def _padding_of(mask: Tensor) -> Tensor | None:
     return starts.int() if torch.equal(visible, expected) else None
 
 
-def _pattern(starts: Tensor, q_len: int, length: int, causal: bool, window: int | None) -> Tensor:
-    """Bool ``[batch, q_len, length]`` that the arguments stand for."""
+def pattern(
+    starts: Tensor, q_len: int, length: int, causal: bool, window: int | None, end: int | Tensor | None = None
+) -> Tensor:
+    """Bool ``[batch, q_len, length]`` that the arguments stand for; ``end`` is 1 + the last query's position."""
+    last = (length if end is None else end) - 1
     key = torch.arange(length, device=starts.device)
-    visible = (key >= starts.view(-1, 1, 1)).expand(-1, q_len, -1)
-    if not causal:
-        return visible
-    query = torch.arange(length - q_len, length, device=starts.device).view(-1, 1)
-    visible = visible & (key <= query)
+    query = (last - torch.arange(q_len - 1, -1, -1, device=starts.device) * causal).view(-1, 1)
+    visible = (key >= starts.view(-1, 1, 1)) & (key <= query)
     return visible if window is None else visible & (key > query - window)
 
 
@@ -62,7 +63,13 @@ _read_masks: MutableMapping[Tensor, dict[tuple[int, ...], Visibility | str]] = W
 
 
 def read_mask(
-    mask: Tensor | None, batch: int, q_len: int, length: int, causal: bool, window: int | None = None
+    mask: Tensor | None,
+    batch: int,
+    q_len: int,
+    length: int,
+    causal: bool,
+    window: int | None = None,
+    end: int | None = None,
 ) -> Visibility | str:
     """Visibility of a call, or the reason why packed attention cannot express it.
 
@@ -73,20 +80,22 @@ def read_mask(
         length: keys of each.
         causal: what a missing mask means for several queries.
         window: of the layer; a mask shows it once the keys are more than a query sees.
+        end: keys that there are, where room follows them, which no query may see; None for all.
     """
     if mask is None:
-        return Visibility(causal=causal or q_len == 1, window=window if causal and q_len > 1 else None)
+        shown = window if causal and (q_len > 1 or end is not None) else None
+        return Visibility(causal=causal or q_len == 1, window=shown)
     if mask.is_inference():
         # Its changes cannot be seen, so what was read once may be out of date.
-        return _read(mask, batch, q_len, length, window)
-    call = (mask._version, batch, q_len, length, window or 0)
+        return _read(mask, batch, q_len, length, window, end)
+    call = (mask._version, batch, q_len, length, window or 0, end or 0)
     known = _read_masks.setdefault(mask, {})
     if call not in known:
-        known[call] = _read(mask, batch, q_len, length, window)
+        known[call] = _read(mask, batch, q_len, length, window, end)
     return known[call]
 
 
-def _read(mask: Tensor, batch: int, q_len: int, length: int, window: int | None) -> Visibility | str:
+def _read(mask: Tensor, batch: int, q_len: int, length: int, window: int | None, end: int | None) -> Visibility | str:
     if tuple(mask.shape) == (batch, length):
         starts = _padding_of(mask)
         return "padding inside a sequence" if starts is None else Visibility(True, starts)
@@ -94,15 +103,15 @@ def _read(mask: Tensor, batch: int, q_len: int, length: int, window: int | None)
         return "mask that is neither [batch, length] nor [batch, heads, q_len, length]"
     if mask.shape[1] != 1:
         return "mask that differs between heads"
-    if not _is_additive_zero_or_hidden(mask):
+    if mask.dtype != torch.bool and bool(is_bias(mask)):
         return "additive bias"
-    visible = _as_bool(mask)[:, 0].expand(batch, q_len, length)
+    visible = as_bool(mask)[:, 0].expand(batch, q_len, length)
     # The last query sees everything but the padding; under a window, the first one sees furthest back.
     last, first = (visible[:, row].int().argmax(-1).int() for row in (-1, 0))
     candidates: list[tuple[Tensor, bool, int | None]] = [(last, True, None), (last, False, None)]
     if window is not None:
         candidates.append((first, True, window))
     for starts, is_causal, shown in candidates:
-        if torch.equal(visible, _pattern(starts, q_len, length, is_causal, shown)):
+        if torch.equal(visible, pattern(starts, q_len, length, is_causal, shown, end)):
             return Visibility(is_causal, starts if bool(starts.any()) else None, shown)
     return "mask that is neither causal nor padding"

@@ -1,0 +1,98 @@
+"""A packed cache of fixed room, for compiled models and CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from turboquant_core import Windows
+
+from .compat import StaticCache, StaticLayer, StaticSlidingWindowLayer
+from .options import Bits, CacheOptions, CenterKeys, CompressV
+from .packed_cache import PackedCache
+from .static_layer import TurboQuantStaticLayer
+from .static_sliding_layer import TurboQuantStaticSlidingLayer
+
+
+class TurboQuantStaticCache(PackedCache, StaticCache):
+    """Drop-in for ``StaticCache``: all pages are there from the first update on, and no step reads a length.
+
+    A decode step over it compiles to one graph (``torch.compile(fullgraph=True)``), which CUDA graphs may record. What
+    is attended to is the same as with :class:`turboquant_hf.TurboQuantCache`, whose options it has.
+
+    The batch size is that of the first update. ``reset()`` empties the cache for another prompt and keeps the pages,
+    and with them the compiled graphs. Sequences can be reordered (beams) and cropped, not repeated, selected, offloaded
+    or saved.
+
+    Sliding-window layers that are not packed (``compress_sliding=False``), linear-attention and other special layers
+    are as in ``StaticCache``.
+
+    Args:
+        config: of the model.
+        max_cache_len: tokens that a sequence may have, the prompt included. More are an error: on a GPU one that stops
+            the device, except in ``generate`` of a patched model.
+        bits: as all that follow, see :class:`turboquant_hf.TurboQuantCache`.
+        compress_v: which layers pack values.
+        seed: rotation seed.
+        page_size: tokens of a page.
+        provider: kernel provider by name. The reference computes compiled steps too, but not in CUDA graphs.
+        center_keys: what is subtracted from keys.
+        sink_tokens: first visible tokens that stay in full precision; a compiled step needs to know of left padding,
+            which a patched model tells, or :meth:`note_padding`.
+        recent_tokens: last tokens that stay in full precision, besides being packed.
+        start_after: tokens before which everything is attended to in full precision.
+        compress_sliding: pack sliding-window layers too.
+
+    Raises:
+        ValueError: an option is out of range, or the model has no layer that can be packed.
+    """
+
+    _stock = "StaticCache"
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_cache_len: int,
+        bits: Bits = 4,
+        *,
+        compress_v: CompressV = True,
+        seed: int = 42,
+        page_size: int = 64,
+        provider: str | None = None,
+        center_keys: CenterKeys = False,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+        start_after: int = 0,
+        compress_sliding: bool = False,
+    ) -> None:
+        if type(max_cache_len) is not int or max_cache_len < 1:
+            raise ValueError(f"max_cache_len is {max_cache_len!r}; it must be a number of tokens, at least 1")
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self.room = max_cache_len
+        windows = Windows(sink_tokens, recent_tokens, start_after)
+        options = CacheOptions(bits, compress_v, seed, page_size, provider, center_keys, windows, compress_sliding)
+        self._pack_layers(config, options)
+
+    def _packed(self, index: int, layer: Any) -> Any:
+        # Exactly these types: subclasses keep more than keys and values.
+        if type(layer) is StaticLayer:
+            return TurboQuantStaticLayer(index, len(self.layers), self.options, self.padding, self.room)
+        if self.options.compress_sliding and type(layer) is StaticSlidingWindowLayer:
+            # The stock layer has the smaller of window and room, and beyond the room nothing slides.
+            window = layer.max_cache_len
+            return TurboQuantStaticSlidingLayer(index, len(self.layers), self.options, self.padding, self.room, window)
+        return layer
+
+    @property
+    def has_past(self) -> bool:
+        """Whether an update came since the cache was made or reset."""
+        return any(getattr(layer, "has_past", False) for layer in self.layers)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise ``ValueError`` when sequences of ``tokens`` tokens do not fit."""
+        if tokens > self.room:
+            raise ValueError(
+                f"{tokens} tokens do not fit into a static cache with max_cache_len = {self.room}: make it with more "
+                "room, or generate fewer tokens"
+            )
