@@ -16,6 +16,7 @@ from turboquant_core.codec import KEY_STREAM, VALUE_STREAM
 from turboquant_core.scale import CACHE_RULE, ScaleRule
 from turboquant_core.shaping import shaped
 from turboquant_core.trellis import TurboQuantTrellis
+from turboquant_hf.automatic_center import automatic_center
 
 KEY_FORM, VALUE_FORM = "int8", "cubic"
 REFERENCE = ReferenceProvider()
@@ -58,6 +59,25 @@ class MeanOfFirst:
 
     def __call__(self, x: Tensor, layer: int) -> Tensor:
         mean = x[:, :, : self.tokens].mean(2, keepdim=True)
+        return self.codec(x - mean, layer) + mean
+
+    def vector_bytes(self, head_dim: int, layer: int) -> float:
+        return self.codec.vector_bytes(head_dim, layer)
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """Keys centred as the caches of turboquant-hf decide from the first ``tokens`` of a sequence (None: all)."""
+
+    codec: VectorCodec
+    tokens: int | None
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        return torch.cat([self._one(row, layer) for row in x.split(1)])
+
+    def _one(self, x: Tensor, layer: int) -> Tensor:
+        center = automatic_center(x[:, :, : self.tokens])
+        mean = x.new_zeros(()) if center is None else center.unsqueeze(-2)
         return self.codec(x - mean, layer) + mean
 
     def vector_bytes(self, head_dim: int, layer: int) -> float:

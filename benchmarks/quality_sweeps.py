@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from quality_codecs import RAW, ByLayer, Codecs, MeanOfFirst, Offset
+from quality_codecs import LEAST_TOKENS, LONG_PROMPT, RAW, Automatic, ByLayer, Codecs, MeanOfFirst, Offset
 from quality_rivals import Textbook, rivals
 from scoring import Method
 
@@ -100,6 +101,9 @@ def centring(codecs: Codecs) -> list[Method]:
                 ("calibration text", codecs.key(bits, center=mean)),
                 (f"first {PROMPT} tokens", MeanOfFirst(plain, PROMPT)),
                 ("whole sequence", MeanOfFirst(plain, None)),
+                (f"automatic, first {LEAST_TOKENS} tokens", Automatic(plain, LEAST_TOKENS)),
+                (f"automatic, first {LONG_PROMPT} tokens", Automatic(plain, LONG_PROMPT)),
+                ("automatic, whole sequence", Automatic(plain, None)),
             ):
                 found.append(Method(f"{bits} bit, {label}: {name}", wrap(key), values))
         biased = Offset(Textbook(bits, codecs.seed, True), offset)
@@ -111,6 +115,16 @@ def windows(codecs: Codecs, bits: int = 3) -> list[Method]:
     """First and last tokens in full precision."""
     sizes = ((0, 0), (1, 0), (4, 0), (16, 0), (0, 16), (0, 64), (4, 16), (4, 64), (4, 128), (16, 128))
     return [codecs.default(f"{s} sinks, {r} recent", bits, sinks=s, recent=r) for s, r in sizes]
+
+
+def pages(codecs: Codecs, page: int = 512) -> list[Method]:
+    """Windows inside vLLM's blocks of 512 tokens against the same bytes spent on wider codes."""
+    found = [codecs.default(f"{bits:g} bit", bits) for bits in (4, 3.5, 3, 2.5, 2)]
+    for bits, sizes in ((4, ((4, 0), (4, 24))), (3, ((4, 0), (4, 8), (4, 16), (4, 24))), (2, ((4, 8), (4, 24)))):
+        for sinks, recent in sizes:
+            method = codecs.default(f"{bits} bit, {sinks} + {recent} in each block", bits, sinks=sinks, recent=recent)
+            found.append(replace(method, page=page))
+    return found
 
 
 def keys_and_values(codecs: Codecs) -> list[Method]:
@@ -153,6 +167,7 @@ SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
     "signs": signs,
     "centring": centring,
     "windows": windows,
+    "pages": pages,
     "keys_and_values": keys_and_values,
     "boundary": boundary,
 }

@@ -40,7 +40,7 @@ def test_offset_in_bits() -> None:
     assert float(offset_bits(torch.ones(1, 5, 8))[0]) == pytest.approx(12)
 
 
-def test_gaussian_vectors_have_the_codebooks_errors() -> None:
+def test_gaussian_vectors_have_the_codebooks_errors_less_what_the_search_saves() -> None:
     x = vectors(tokens=2000)
     for is_key, form in ((True, "int8"), (False, "cubic")):
         for head in describe(x, codecs(64, keys=is_key, device=x.device)):
@@ -48,7 +48,7 @@ def test_gaussian_vectors_have_the_codebooks_errors() -> None:
             assert head.norm_spread < 1.3
             for bits in (2, 3, 4):
                 expected = format_codebook(form, bits).mse  # type: ignore[arg-type]
-                assert head.errors[bits] == pytest.approx(expected, rel=0.2)
+                assert 0.75 * expected < head.errors[bits] < 1.15 * expected
             assert head.errors[4] < head.errors[3.5] < head.errors[3] < head.errors[2.5] < head.errors[2]
 
 

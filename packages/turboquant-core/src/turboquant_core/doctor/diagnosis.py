@@ -171,7 +171,7 @@ class _Examination:
         best = Treatment(dict.fromkeys(self._vectors, (PROBE_BITS, PROBE_BITS)))
         probes = {"plain": self._divergence(best)}
         steps = {"sinks": replace(best, windows=Windows(sink_tokens=SINK_TOKENS))} if self._windows else {}
-        if _tolerates_centre(_text_config(self._model)):
+        if tolerates_centre(_text_config(self._model)):
             centers = {index: keys.float().mean(1) for index, (keys, _) in self._vectors.items()}
             steps = {"centred": replace(best, centers=centers)} | steps
         least = probes["plain"]
@@ -255,7 +255,7 @@ def _text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _tolerates_centre(config: Any) -> bool:
+def tolerates_centre(config: Any) -> bool:
     """A centre shifts every score of a row alike: a soft-cap or attention sinks would see it."""
     return getattr(config, "attn_logit_softcapping", None) is None and config.model_type != "gpt_oss"
 
