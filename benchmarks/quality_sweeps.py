@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from quality_codecs import LEAST_TOKENS, LONG_PROMPT, RAW, Automatic, ByLayer, Codecs, MeanOfFirst, Offset
+from quality_codecs import RAW, Automatic, ByLayer, Codecs, MeanOfFirst, Offset
 from quality_rivals import Textbook, rivals
 from scoring import Method
+
+from turboquant_hf.automatic_center import LEAST_TOKENS, LONG_PROMPT
 
 WIDTHS = (4, 3, 2)
 WINDOWS_WITHIN_2_PERCENT = {4: (4, 24), 3: (4, 15), 2: (4, 8)}

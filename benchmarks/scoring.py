@@ -55,6 +55,8 @@ class Method:
         sinks: first tokens that stay in full precision.
         recent: last tokens, the query's own included, that stay in full precision.
         prompt: first tokens whose own queries read everything in full precision, as in a cache's first call.
+        page: tokens of a page that has rows for all sinks and recent tokens, as pages of vLLM do; 0 where a sequence
+            keeps them once.
     """
 
     name: str
@@ -64,12 +66,14 @@ class Method:
     sinks: int = 0
     recent: int = 0
     prompt: int = 0
+    page: int = 0
 
     def bits(self, head_dim: int, layers: int, context: int) -> float:
         """True bits per coordinate of keys and values at ``context`` tokens."""
         raw = min(self.sinks + self.recent, context)
         packed = sum(self.key.vector_bytes(head_dim, i) + self.value.vector_bytes(head_dim, i) for i in range(layers))
-        total = (context - raw) * packed + raw * layers * 2 * head_dim * RAW_BITS / 8
+        exact = (raw * context / self.page if self.page else raw) * layers * 2 * head_dim * RAW_BITS / 8
+        total = (context if self.page else context - raw) * packed + exact
         return total * 8 / (context * layers * 2 * head_dim)
 
 
