@@ -10,11 +10,14 @@ from typing import Any
 import triton.language as tl
 from compile_kernels import compiled_for, resources
 
+from turboquant_core.testing.cases import page_layout
 from turboquant_triton.kernels.attend_merge import attend_merge_kernel
 from turboquant_triton.kernels.attend_permute import attend_permute_kernel
 from turboquant_triton.kernels.attend_portable import attend_portable_kernel
 from turboquant_triton.kernels.attend_prepare import attend_prepare_kernel
-from turboquant_triton.tuning import PORTABLE, AttendConfig, attend_config
+from turboquant_triton.kernels.attend_warp import attend_warp_kernel
+from turboquant_triton.support import single_warps_supported
+from turboquant_triton.tuning import PORTABLE, AttendConfig, attend_config, warp_config
 
 TYPES = {
     "query": "*i8", "pages": "*i8", "quantized": "*i8", "block_table": "*i32", "seq_lens": "*i32", "plan": "*i32",
@@ -41,6 +44,22 @@ def attention(key_bits: int, value_bits: int, dim: int, config: AttendConfig) ->
     }  # fmt: skip
 
 
+def single_warps(
+    dim: int, key_bits: int, value_bits: int, newest: bool, **other: Any
+) -> tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]:
+    """The kernel of single warps, with ``other`` compile-time arguments than those of a plain decode step."""
+    config = warp_config(key_bits, value_bits, dim, other.get("N", 8))
+    constants = {
+        "D": dim, "VALUE_DIM": dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "PAGE_SIZE": 128, **GROUPED, **SEEN,
+        "CHUNK_BYTES": 128 * (dim * (key_bits + value_bits) // 8 + 4), "N": 8, "BLOCK": config.block,
+        "HAS_SOFTCAP": False, "PDL": newest, **other,
+    }  # fmt: skip
+    options = {"num_warps": 1}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return f"warp {key_bits}/{value_bits}", attend_warp_kernel, constants, {}, options
+
+
 def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]]:
     """Name, kernel, compile-time arguments, types and options of every kernel of attention."""
     pairs = [(4, 4), (3, 3), (2, 2), (4, 16)]
@@ -52,11 +71,18 @@ def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any],
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         permute = {**constants, "HAS_STARTS": False, "TABLE": 128 if config.num_warps == 1 else 32, "PDL": newest}
         yield f"permute {key_bits}/{value_bits}", attend_permute_kernel, permute, {}, options
+        if key_bits == value_bits < 10 and single_warps_supported(page_layout(key_bits, value_bits, dim), 8):
+            yield single_warps(dim, key_bits, value_bits, newest)
         raw = {"KEY_INT8": True, "VALUE_INT8": False, "RAW_BITS": 16 if value_bits == 16 else 0}
         portable = {**attention(key_bits, value_bits, dim, PORTABLE), **raw, "N": 16}
         types = {"query": "*fp32", "pages": "*u8"}
         options = {"num_warps": PORTABLE.num_warps, "num_stages": PORTABLE.num_stages}
         yield f"portable {key_bits}/{value_bits}", attend_portable_kernel, portable, types, options
+    if dim == 128:
+        every = {"PAGE_SIZE": 16, "Q_LEN": 2, "HAS_STARTS": True, "HAS_WINDOW": True, "HAS_SOFTCAP": True}
+        for other in ({"N": 16}, every):
+            name, *rest = single_warps(dim, 4, 2, newest, **other)
+            yield f"{name} {other}", *rest
     prepare = {
         "D": dim,
         **GROUPED,

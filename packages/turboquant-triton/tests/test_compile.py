@@ -42,7 +42,8 @@ def test_compiles_and_fits(capability: int, head_dim: int) -> None:
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
 def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None:
     records = compile_all(capability, head_dim, "compile_attend.py")
-    assert len(records) == (14 if head_dim % 32 == 0 else 10)
+    single_warps = {64: 1, 128: 5, 256: 3}.get(head_dim, 0)
+    assert len(records) == (14 if head_dim % 32 == 0 else 10) + single_warps
     assert all(int(record["shared"]) <= SHARED_MEMORY[capability] for record in records)
     if head_dim in (64, 128, 256):
         # Tiles come by asynchronous copies: two of them (four at 3 bits), before the loop and in it.
@@ -53,6 +54,9 @@ def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None
         # Accumulators of 2.5 bits, two times eight, leave a few bytes to spill.
         spilled = {record["name"]: int(record["stack"]) for record in records if "portable" not in str(record["name"])}
         assert spilled.pop("permute 302/302") <= 32
+        # Bound to 128 registers, so that four warps share a scheduler.
+        bound = [spilled.pop(name) for name in list(spilled) if str(name).startswith("warp")]
+        assert max(bound) <= 128
         assert not any(spilled.values())
 
 

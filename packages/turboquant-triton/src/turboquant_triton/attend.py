@@ -21,10 +21,13 @@ from .kernels.attend_portable import attend_portable_kernel
 from .kernels.attend_prepare import attend_prepare_kernel
 from .kernels.unpack_asm import cubic_levels, int8_levels
 from .launch import bits_code, padded
-from .tuning import PORTABLE, AttendConfig, attend_config
+from .support import single_warps_supported
+from .tuning import PORTABLE, AttendConfig, attend_config, warp_config
 from .workspace import AttendShape, Workspace, carve, workspace_bytes
 
 _RAW_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# Off until its results on a GPU are known.
+SINGLE_WARPS = False
 _WEIGHT_SHIFT = 2.0**15
 _MERGE_TILE = 128 * 128
 
@@ -43,11 +46,14 @@ def value_bits(layout: PageLayout) -> int:
     return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else bits_code(layout.value)
 
 
-def config_for(layout: PageLayout, n: int, permute: bool) -> AttendConfig:
-    """Launch parameters for a layout and ``n`` query vectors a program, on the permute or the portable path."""
+def config_for(layout: PageLayout, n: int, permute: bool, device: torch.device) -> AttendConfig:
+    """Launch parameters for a layout and ``n`` query vectors a program, and with them the kernel."""
     if not permute:
         return PORTABLE
-    return attend_config(bits_code(layout.key), value_bits(layout), max(layout.key.head_dim, layout.value.head_dim), n)
+    # The interpreter does not know the language of single warps.
+    single_warps = SINGLE_WARPS and device.type == "cuda" and single_warps_supported(layout, n)
+    choose = warp_config if single_warps else attend_config
+    return choose(bits_code(layout.key), value_bits(layout), max(layout.key.head_dim, layout.value.head_dim), n)
 
 
 def attend(
@@ -86,7 +92,7 @@ def attend(
     check_center(codec, options.softcap, sinks)
     layout = codec.layout
     shape = AttendShape.of(layout, query, seq_lens, query_start_loc is not None, permute)
-    config = config_for(layout, shape.n, permute)
+    config = config_for(layout, shape.n, permute, query.device)
     out = query.new_empty((*query.shape[:2], layout.value.head_dim)) if out is None else out
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     if query.shape[0] == 0:
@@ -94,7 +100,7 @@ def attend(
     programs = config.programs_per_sm * multiprocessors(query.device)
     space = carve(workspace, shape, programs, layout, query.device, permute)
     _prepare(query, seq_lens, query_start_loc, seq_starts, codec, options, shape, config, space, permute)
-    run = _permute if permute else _portable
+    run = _portable if not permute else _single_warps if config.single_warps else _permute
     run(query, pages, block_table, codec, options, shape, config, space, programs, seq_starts is not None)
     _merge(codec, sinks, out, lse, shape, space, programs, permute)
     return Attended(out, lse)
@@ -109,7 +115,7 @@ def attend_workspace_bytes(request: KernelRequest, tokens: int, batch: int, perm
 
 
 def _shape_bytes(shape: AttendShape, request: KernelRequest, permute: bool) -> int:
-    config = config_for(request.layout, shape.n, permute)
+    config = config_for(request.layout, shape.n, permute, request.device)
     programs = config.programs_per_sm * multiprocessors(request.device)
     return workspace_bytes(shape, programs, request.layout, permute)
 
@@ -229,6 +235,58 @@ def _permute(
         HAS_STARTS=has_starts,
         TABLE=128 if config.num_warps == 1 else 32,
         PDL=pdl,
+        launch_pdl=pdl,
+        maxnreg=config.max_registers,
+    )
+
+
+def _single_warps(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    codec: CacheCodec,
+    options: AttendOptions,
+    shape: AttendShape,
+    config: AttendConfig,
+    space: Workspace,
+    programs: int,
+    has_starts: bool,
+) -> None:
+    from .kernels.attend_warp import attend_warp_kernel
+
+    layout = codec.layout
+    pdl = has_dependent_launch(query.device)
+    attend_warp_kernel[(programs,)](
+        space.query,
+        space.query_stats,
+        pages.view(torch.int8),
+        block_table,
+        space.plan,
+        space.partial,
+        space.stats,
+        shape.rows,
+        block_table.stride(0),
+        layout.page_bytes,
+        (options.softcap or 0.0) * math.log2(math.e),
+        options.window or 0,
+        D=layout.key.head_dim,
+        VALUE_DIM=layout.value.head_dim,
+        KEY_BITS=bits_code(layout.key),
+        VALUE_BITS=value_bits(layout),
+        PAGE_SIZE=layout.page_size,
+        CHUNK_BYTES=layout.chunk_bytes,
+        KV_HEADS=layout.kv_heads,
+        CHUNKS=shape.chunks,
+        GROUP=shape.group,
+        Q_LEN=shape.q_len,
+        N=shape.n,
+        BLOCK=config.block,
+        HAS_STARTS=has_starts,
+        HAS_WINDOW=options.window is not None,
+        HAS_SOFTCAP=options.softcap is not None,
+        ROWS_BLOCK=shape.rows_block,
+        PDL=pdl,
+        num_warps=1,
         launch_pdl=pdl,
         maxnreg=config.max_registers,
     )

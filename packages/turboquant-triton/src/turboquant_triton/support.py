@@ -71,3 +71,14 @@ def permute_supported(layout: PageLayout, device: torch.device, dtype: torch.dty
     if isinstance(layout.value, RawLayout):
         return layout.key.form == "int8" and layout.value.itemsize == dtype.itemsize == 2
     return layout.key.form == "int8" and layout.value.form == "cubic"
+
+
+def single_warps_supported(layout: PageLayout, n: int) -> bool:
+    """Whether single warps can attend with ``n`` query vectors each: codes of one width whose rows fill operands."""
+    return n <= 16 and all(_fills_operands(vector) for vector in (layout.key, layout.value))
+
+
+def _fills_operands(vector: VectorLayout | RawLayout) -> bool:
+    if isinstance(vector, RawLayout) or vector.is_mixed:
+        return False
+    return vector.head_dim in (128, 256) or (vector.head_dim == 64 and vector.bits == 4)

@@ -15,6 +15,7 @@ class AttendConfig:
         num_stages: software pipeline depth.
         programs_per_sm: programs resident on one multiprocessor.
         max_registers: limit for a thread, so that so many programs fit; None leaves it to the compiler.
+        single_warps: the kernel of single warps (:mod:`turboquant_triton.kernels.attend_warp`).
     """
 
     block: int
@@ -22,6 +23,7 @@ class AttendConfig:
     num_stages: int
     programs_per_sm: int
     max_registers: int | None = None
+    single_warps: bool = False
 
 
 PORTABLE = AttendConfig(block=32, num_warps=4, num_stages=1, programs_per_sm=2)
@@ -51,3 +53,12 @@ def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> 
         programs = 6 if few else 5 if n <= 16 else 4
         return AttendConfig(block=128, num_warps=2, num_stages=3, programs_per_sm=programs)
     return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=12 if few else 8)
+
+
+def warp_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> AttendConfig:
+    """Configuration of the kernel of single warps; arguments as of :func:`attend_config`."""
+    if head_dim > 128:
+        return AttendConfig(32, 1, 1, programs_per_sm=12, max_registers=168, single_warps=True)
+    if n > 8:
+        return AttendConfig(64, 1, 1, programs_per_sm=12, max_registers=168, single_warps=True)
+    return AttendConfig(64, 1, 1, programs_per_sm=16, max_registers=128, single_warps=True)

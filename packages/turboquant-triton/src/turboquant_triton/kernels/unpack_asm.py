@@ -53,9 +53,13 @@ def _signed_lookup(bits: int) -> tuple[str, str]:
     return _word(table[:4]), _word(table[4:])
 
 
-def _key4() -> str:
+def _magnitude_lookup() -> tuple[str, str]:
+    """The table of the eight magnitudes of 4-bit levels as two permute operands."""
     q = list(int8_levels(4).q)
-    low, high = _word(q[:4]), _word(q[4:])
+    return _word(q[:4]), _word(q[4:])
+
+
+def _key4(low: str, high: str) -> str:
     return f"""{{
     .reg .b32 m, n, a, b, s;
     and.b32 m, $2, 0x77777777;
@@ -70,8 +74,8 @@ def _key4() -> str:
     }}"""
 
 
-def _key2() -> str:
-    table, zero = _signed_lookup(2)
+def _key2(table: str) -> str:
+    zero = 0
     return f"""{{
     .reg .b32 m, n;
     and.b32 m, $4, 0x33333333;
@@ -100,12 +104,12 @@ def _fourth_group(planes: tuple[str, str, str], target: str) -> str:
     or.b32 {target}, {target}, t;"""
 
 
-def _key3() -> str:
+def _key3(low: str, high: str) -> str:
     """Fragments of two tiles: planes 0 and 1 in ``$16..$19``, plane 2 and padding in ``$20..$23``.
 
     Registers 0 and 1 of a fragment are rows g and g + 8 of k 0..15, registers 2 and 3 those of k 16..31.
     """
-    table = ", ".join(_signed_lookup(3))
+    table = f"{low}, {high}"
     body = ""
     for row in (0, 1):
         planes = (f"${16 + row}", f"${18 + row}", f"${20 + row}")
@@ -168,15 +172,31 @@ def _value3() -> str:
     return f"{{\n    .reg .b32 g, k, t, x;{body}\n    }}"
 
 
+def _in_registers(low: str, high: str) -> str:
+    """Assembly that gives a table in two registers.
+
+    A lane's masks of lower and of higher lanes have no bit in common. The assembler does not know that: it keeps the
+    table instead of moving constants into registers at every look-up.
+    """
+    return f"""{{
+    .reg .b32 t, s;
+    mov.u32 t, %lanemask_lt;
+    mov.u32 s, %lanemask_ge;
+    and.b32 t, t, s;
+    or.b32 $0, t, {low};
+    or.b32 $1, t, {high};
+    }}"""
+
+
 def _constraints(outputs: int, inputs: int) -> str:
     return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
-KEY4 = tl.constexpr(_key4())
+KEY4 = tl.constexpr(_key4(*_magnitude_lookup()))
 KEY4_CONSTRAINTS = tl.constexpr(_constraints(2, 1))
-KEY3 = tl.constexpr(_key3())
+KEY3 = tl.constexpr(_key3(*_signed_lookup(3)))
 KEY3_CONSTRAINTS = tl.constexpr(_constraints(16, 8))
-KEY2 = tl.constexpr(_key2())
+KEY2 = tl.constexpr(_key2(_signed_lookup(2)[0]))
 KEY2_CONSTRAINTS = tl.constexpr(_constraints(4, 1))
 VALUE4 = tl.constexpr(_value_faithful(4))
 VALUE4_CONSTRAINTS = tl.constexpr(_constraints(4, 1))
@@ -184,6 +204,17 @@ VALUE3 = tl.constexpr(_value3())
 VALUE3_CONSTRAINTS = tl.constexpr(_constraints(16, 4))
 VALUE2 = tl.constexpr(_value_faithful(2))
 VALUE2_CONSTRAINTS = tl.constexpr(_constraints(8, 1))
+
+# The same with the tables as further operands; a 32-bit operand is listed once for each packed element.
+KEY4_TABLES = tl.constexpr(_key4("$3", "$7"))
+KEY4_TABLES_CONSTRAINTS = tl.constexpr(_constraints(2, 1 + 2 * 4))
+KEY3_TABLES = tl.constexpr(_key3("$24", "$40"))
+KEY3_TABLES_CONSTRAINTS = tl.constexpr(_constraints(16, 8 + 2 * 16))
+KEY2_TABLES = tl.constexpr(_key2("$5"))
+KEY2_TABLES_CONSTRAINTS = tl.constexpr(_constraints(4, 1 + 4))
+TABLES4 = tl.constexpr(_in_registers(*_magnitude_lookup()))
+TABLES3 = tl.constexpr(_in_registers(*_signed_lookup(3)))
+TABLES2 = tl.constexpr(_in_registers(*_signed_lookup(2)))
 
 # Step of the second of two codebooks in steps of the first (kernels.widths).
 KEY_STEP_RATIO_302 = tl.constexpr(int8_levels(2).step / int8_levels(3).step)
