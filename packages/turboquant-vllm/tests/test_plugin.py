@@ -26,7 +26,7 @@ def run(program: str, **environment: str) -> tuple[Any, str]:
 
 
 def test_vllm_finds_the_plug_in_by_entry_point() -> None:
-    (entry,) = entry_points(group="vllm.general_plugins", name="fused_turboquant")
+    (entry,) = entry_points(group="vllm.general_plugins", name="turboquant")
     assert entry.load() is register
 
 
