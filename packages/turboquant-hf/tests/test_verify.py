@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from turboquant_core import PackedPast, TurboQuantError
-from turboquant_hf import TurboQuantCache, patch_model, verify_model
+from turboquant_hf import QualityWarning, TurboQuantCache, patch_model, unpatch_model, verify_model
 from turboquant_hf import fused as fused_module
+
+TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny"
 
 
 def test_every_family_passes(model: Any) -> None:
@@ -31,6 +36,25 @@ def test_a_dropped_argument_is_caught(llama: Any, monkeypatch: pytest.MonkeyPatc
     assert llama.config._attn_implementation == "sdpa"
     patch_model(llama, verify=False)
     assert llama.config._attn_implementation == "turboquant"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_half_precision(dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding passes for a trained model, and scores that are twice what they should be do not."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, local_files_only=True).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QualityWarning)
+        patch_model(model, bits)
+    unpatch_model(model)
+    honest = PackedPast.attend
+
+    def broken(self: PackedPast, query: torch.Tensor, *, scaling: float, **options: Any) -> Any:
+        return honest(self, query, scaling=2 * scaling, **options)
+
+    monkeypatch.setattr(PackedPast, "attend", broken)
+    with pytest.raises(TurboQuantError, match="relative error"):
+        patch_model(model, bits)
 
 
 def test_a_dropped_softcap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

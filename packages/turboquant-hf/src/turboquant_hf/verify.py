@@ -27,10 +27,12 @@ PROMPT_TOKENS = 24
 DECODE_STEPS = 4
 CHUNK_TOKENS = 3
 PADDING = 5
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 4e-1}
-"""Largest difference of logits allowed, relative to their root mean square.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.15, torch.bfloat16: 0.15}
+"""Norm of the difference of logits allowed, relative to theirs.
 
-The permute kernels multiply by int8 queries, which is part of the figure.
+In half precision, rounding in one layer changes codes in the next, the more the fewer bits: the model in `examples` comes
+to 0.09 at 2 bits, and to 0.26 where scores are twice what they should be. The permute kernels multiply by int8 queries,
+which is part of the figure.
 """
 
 
@@ -201,7 +203,7 @@ def _compare(model: PreTrainedModel, cache: Cache, reference: TurboQuantCache) -
     """Error of ``cache`` against the twin of ``reference``, and the tolerance that it keeps."""
     packed = run_steps(model, cache)
     expected = run_steps(model, decoded_twin(reference, model.config))
-    error = float((packed - expected).abs().max() / expected.square().mean().sqrt())
+    error = float((packed - expected).norm() / expected.norm())
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if not error <= tolerance:
         raise TurboQuantError(
