@@ -1,0 +1,73 @@
+"""The runner of what needs a GPU, with steps that need none; and what the preflight calls a tie."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_failed_or_endless_step_stops_no_other(gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_run
+
+    show = "import os; print('gpu', os.environ['CUDA_VISIBLE_DEVICES'], '{out}', flush=True)"
+    steps = {
+        "good": gpu_run.Step(("-c", show), 60, timed=True),
+        "bad": gpu_run.Step(("-c", f"{show}; raise SystemExit(3)"), 60, timed=False),
+        "endless": gpu_run.Step(("-c", f"{show}; import time; time.sleep(600)"), 3, timed=False),
+    }
+    monkeypatch.setattr(gpu_run, "STEPS", steps)
+    outcomes = {outcome.name: outcome for outcome in gpu_run.run_all(list(steps), tmp_path, gpus, 60)}
+    assert {name: outcome.code for name, outcome in outcomes.items()} == {"good": 0, "bad": 3, "endless": None}
+    last = gpus - 1
+    assert {name: (tmp_path / f"{name}.txt").read_text() for name in steps} == {
+        "good": f"gpu 0 {tmp_path}\n",
+        "bad": f"gpu {last} {tmp_path}\n",
+        "endless": f"gpu {last} {tmp_path}\n",
+    }
+    told = gpu_run.summary(list(outcomes.values()), tmp_path)
+    assert "| bad | failed (3) |" in told
+    assert "| endless | out of time |" in told
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_steps_after_the_end_are_not_begun(tmp_path: Path) -> None:
+    import gpu_run
+
+    (outcome,) = gpu_run.run_all(["kernels"], tmp_path, 1, 0)
+    assert outcome == gpu_run.Outcome("kernels", None, 0.0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_every_step_names_a_file_that_is_there() -> None:
+    import gpu_run
+
+    for step in gpu_run.STEPS.values():
+        paths = [argument for argument in step.arguments if argument.startswith(("benchmarks/", "packages/"))]
+        assert paths
+        assert all((ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_texts_part_by_the_lead_of_the_expected_token() -> None:
+    import serving_preflight
+
+    def text(*tokens: int) -> dict[str, Any]:
+        return {"tokens": list(tokens), "logprobs": [{"7": -0.5, "8": -0.625, "9": -2.0}] * len(tokens)}
+
+    expected = [text(7, 7), text(7, 7), text(7, 7)]
+    assert serving_preflight.leads(expected, [text(7, 7), text(7, 8), text(9, 7)]) == [0.125, 1.5]
+    assert serving_preflight.leads([text(7)], [text(3)]) == [float("inf")]
+    assert sys.modules["serving_preflight"].TIE == 0.25
