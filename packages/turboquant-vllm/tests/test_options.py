@@ -96,6 +96,8 @@ def test_a_layer_beyond_the_model_is_refused() -> None:
         ({"seed": -1}, r"it must be an integer in \[0, 2\*\*64\)"),
         ({"provider": ""}, "turboquant.provider is ''"),
         ({"prefill": "fast"}, "it must be one of raw, packed"),
+        ({"sink_tokens": -1}, "turboquant.sink_tokens is -1; it must be a number of tokens"),
+        ({"recent_tokens": "8"}, "turboquant.recent_tokens is '8'"),
         (4, "must be an object of options"),
     ],
 )

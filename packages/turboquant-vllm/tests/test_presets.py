@@ -45,7 +45,7 @@ def test_without_centres(tmp_path: Path) -> None:
     assert read(saved(tmp_path)).key_centers is None
 
 
-@pytest.mark.parametrize("name", ["bits", "k_bits", "layers", "key_centers"])
+@pytest.mark.parametrize("name", ["bits", "k_bits", "layers", "key_centers", "sink_tokens", "recent_tokens"])
 def test_what_the_preset_decides_may_not_be_given(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path)
     value = {"layers": {"0": "uncompressed"}, "key_centers": str(path)}.get(name, 4)
@@ -53,9 +53,11 @@ def test_what_the_preset_decides_may_not_be_given(tmp_path: Path, name: str) -> 
         read(path, **{name: value})
 
 
-def test_windows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="make it with turboquant doctor --no-windows"):
-        read(saved(tmp_path, windows=Windows(4, 64)))
+def test_windows(tmp_path: Path) -> None:
+    options = read(saved(tmp_path, windows=Windows(4, 64)))
+    assert (options.sink_tokens, options.recent_tokens) == (4, 64)
+    with pytest.raises(OptionError, match="packs nothing before 9 tokens, which pages of vLLM cannot do"):
+        read(saved(tmp_path, windows=Windows(4, 64, 9)))
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--no-windows",
         action="store_true",
-        help="pack every token: for vLLM, whose pages hold no token in full precision",
+        help="pack every token: for vLLM with blocks of fewer than 128 tokens",
     )
     doctor.add_argument(
         "--max-divergence",

@@ -9,8 +9,10 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl
 
 from turboquant_core import CacheCodec
+from turboquant_core.exact import ExactRowsProvider, attend_with_exact
 
 from .errors import UnsupportedError
+from .exact_context import ExactContext
 from .limits import check_center, check_engine, check_layer_arguments
 from .metadata import PackedRows, StepMetadata
 from .packing import LayerShape
@@ -19,6 +21,7 @@ from .prompts import PromptAttention
 from .raw_attention import RawAttention, Scoring, flash_attention, torch_attention
 from .scratch import Scratch
 from .setup import LayerSetup, engine_device, set_up_layer
+from .windows import check_exact_layer, exact_provider
 
 
 class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
@@ -66,6 +69,7 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
         self.sinks = sinks
         self.scoring = Scoring(self.scale, sliding_window, logits_soft_cap or None)
         self._codecs: dict[int, CacheCodec] = {}
+        self._exact: ExactRowsProvider | None = None
 
     def set_up(self, layer: Any, vllm_config: Any) -> None:
         """Choose bits and kernels once the layer has its name; ``layer`` is the ``Attention`` that owns this.
@@ -85,6 +89,9 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
         name = self.kv_sharing_target_layer_name or layer.layer_name
         self.setup = set_up_layer(vllm_config, name, self.num_heads, shape, layer.dtype)
         check_center(self.setup.options, self.scoring.softcap, self.sinks)
+        shares_pages = self.kv_sharing_target_layer_name is not None
+        check_exact_layer(self.setup.options, sliding_window=self.scoring.window, shares_pages=shares_pages)
+        self._exact = exact_provider(self.setup.provider) if self.setup.exact.rows else None
         on_cpu = engine_device().type == "cpu"
         self._attention: RawAttention = torch_attention if on_cpu else flash_attention(self.head_size)
         self._scratch = Scratch.of(vllm_config, self.setup)
@@ -125,27 +132,52 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
             self._scratch.reserve(query)
             return output.fill_(0)
         pages, codec = self._pages(kv_cache)
+        exact = None
+        if self._exact is not None:
+            exact = self._write_exact(self._exact, key, value, pages, codec, attn_metadata)
         if attn_metadata.packed is not None:
             self._attend_packed(query, pages, codec, attn_metadata.packed, output)
         if attn_metadata.prompts is not None:
-            self._attend_prompts(query, key, value, pages, codec, attn_metadata.prompts, output)
+            self._attend_prompts(query, key, value, pages, codec, attn_metadata.prompts, output, exact)
         return output
 
+    def _write_exact(
+        self,
+        provider: ExactRowsProvider,
+        key: Tensor | None,
+        value: Tensor | None,
+        pages: Tensor,
+        codec: CacheCodec,
+        step: StepMetadata,
+    ) -> ExactContext | None:
+        """Write the exact rows of the step's tokens, once what prompts need of the old ones is read.
+
+        Not where they are packed: that may be part of a CUDA graph while prompts are planned outside of it.
+        """
+        assert key is not None
+        assert value is not None
+        context = None
+        if step.prompts is not None:
+            recent, dtype = self.setup.options.recent_tokens, self.setup.request.dtype
+            context = ExactContext.before_writing(recent, pages, codec.layout, step.prompts, dtype)
+        tokens = step.slot_mapping.shape[0]
+        provider.store_exact(key[:tokens], value[:tokens], pages, step.slot_mapping, codec.layout)
+        return context
+
     def _attend_packed(self, query: Tensor, pages: Tensor, codec: CacheCodec, rows: PackedRows, output: Tensor) -> None:
-        self.setup.provider.attend(
-            query[: rows.tokens],
-            pages,
-            rows.block_table,
-            rows.seq_lens,
-            codec,
-            scaling=self.scoring.scaling,
-            query_start_loc=rows.query_start_loc,
-            window=self.scoring.window,
-            softcap=self.scoring.softcap,
-            sinks=self.sinks,
-            out=output[: rows.tokens],
-            workspace=self._scratch.workspace(rows.tokens, rows.seq_lens.shape[0]),
-        )
+        arguments = (query[: rows.tokens], pages, rows.block_table, rows.seq_lens, codec)
+        options: dict[str, Any] = {
+            "scaling": self.scoring.scaling,
+            "query_start_loc": rows.query_start_loc,
+            "softcap": self.scoring.softcap,
+            "sinks": self.sinks,
+            "out": output[: rows.tokens],
+            "workspace": self._scratch.workspace(rows.tokens, rows.seq_lens.shape[0]),
+        }
+        if self._exact is not None:
+            attend_with_exact(self._exact, *arguments, recent=self.setup.options.recent_tokens, **options)
+        else:
+            self.setup.provider.attend(*arguments, window=self.scoring.window, **options)
 
     def _attend_prompts(
         self,
@@ -156,11 +188,14 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
         codec: CacheCodec,
         plan: PromptPlan,
         output: Tensor,
+        exact: ExactContext | None,
     ) -> None:
         tokens = slice(plan.first_token, plan.first_token + plan.tokens)
-        attention = PromptAttention(self._attention, self.scoring, self.setup.provider, codec, pages, self.sinks)
+        attention = PromptAttention(self._attention, self.scoring, self.setup.provider, codec, pages, self.sinks, exact)
         from_pages = self.kv_sharing_target_layer_name is not None or self.setup.options.prefill == "packed"
-        if from_pages or key is None or value is None:
+        if from_pages and exact is not None and exact.recent and key is not None and value is not None:
+            attention.attend_recent(query[tokens], key[tokens], value[tokens], plan, output[tokens])
+        elif from_pages or key is None or value is None:
             attention.attend_packed(query[tokens], plan, output[tokens])
         else:
             attention.attend_raw(query[tokens], key[tokens], value[tokens], plan, output[tokens])

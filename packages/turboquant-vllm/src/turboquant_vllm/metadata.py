@@ -36,10 +36,17 @@ class PackedRows:
 
 @dataclass(frozen=True, slots=True)
 class StepMetadata(AttentionMetadata):  # type: ignore[misc]
-    """Decoding rows, which come first, and prompt rows; None where a step has none."""
+    """Decoding rows, which come first, and prompt rows; None where a step has none.
+
+    Attributes:
+        packed: the decoding rows.
+        prompts: the others.
+        slot_mapping: int64 ``[tokens]`` of the whole step, in vLLM's own buffer; -1 for a padded token.
+    """
 
     packed: PackedRows | None
     prompts: PromptPlan | None
+    slot_mapping: Tensor
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: ignore[misc]
@@ -78,7 +85,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: igno
         prompts = None
         if decoding < common.num_reqs:
             prompts = prompt_plan(starts, _lengths(common, decoding), common.block_table_tensor, decoding)
-        return StepMetadata(_packed_rows(common, decoding, starts) if decoding else None, prompts)
+        packed = _packed_rows(common, decoding, starts) if decoding else None
+        return StepMetadata(packed, prompts, common.slot_mapping[: common.num_actual_tokens])
 
 
 def _packed_rows(common: Any, rows: int, starts: list[int]) -> PackedRows:

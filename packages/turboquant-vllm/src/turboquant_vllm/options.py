@@ -62,6 +62,8 @@ class Options:
         key_centers: safetensors file, or preset, of the vector that each layer's keys lose, or None.
         seed: rotation seed.
         provider: kernel provider by name; None selects one.
+        sink_tokens: first tokens of a sequence that are read in the model's dtype.
+        recent_tokens: last tokens that are, the query's own included.
         prefill: what a prompt's own tokens are attended to: ``"raw"`` keys and values, or the ``"packed"`` pages.
         preset: what decided bits, layers and centers, to be checked against the model; None without one.
     """
@@ -75,6 +77,8 @@ class Options:
     key_centers: Path | None = None
     seed: int = 42
     provider: str | None = None
+    sink_tokens: int = 0
+    recent_tokens: int = 0
     prefill: Prefill = "raw"
     preset: Preset | None = None
 
@@ -136,14 +140,15 @@ def _preset(name: str, value: object) -> dict[str, Any]:
         preset = load_preset(path)
     except PresetError as error:
         raise OptionError(f"{name}: {error}") from error
-    if preset.windows:
+    if preset.windows.start_after:
         raise OptionError(
-            f"{name}: {path} keeps sinks or recent tokens in full precision, which pages of vLLM do not hold: "
-            "make it with turboquant doctor --no-windows"
+            f"{name}: {path} packs nothing before {preset.windows.start_after} tokens, which pages of vLLM cannot do: "
+            "set start_after to 0 in it"
         )
     layers = tuple((index, LayerBits(*pair)) for index, pair in sorted(preset.layers.items()))
     centers = path if preset.centers else None
-    return {"default": LayerBits(*preset.bits), "layers": layers, "key_centers": centers, "preset": preset}
+    windows = {"sink_tokens": preset.windows.sink_tokens, "recent_tokens": preset.windows.recent_tokens}
+    return {"default": LayerBits(*preset.bits), "layers": layers, "key_centers": centers, "preset": preset, **windows}
 
 
 def _bits_of(values: Mapping[str, Any], fallback: LayerBits) -> LayerBits:
@@ -198,6 +203,12 @@ def _flag(name: str, value: object) -> bool:
 def _count(name: str, value: object) -> int:
     if type(value) is not int or value < 0:
         raise OptionError(f"{name} is {value!r}; it must be a number of layers, 0 or more")
+    return value
+
+
+def _tokens(name: str, value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise OptionError(f"{name} is {value!r}; it must be a number of tokens, 0 for none")
     return value
 
 
@@ -260,7 +271,20 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "key_centers": _file,
     "seed": _seed,
     "provider": _text,
+    "sink_tokens": _tokens,
+    "recent_tokens": _tokens,
     "prefill": _one_of("raw", "packed"),
     "preset": _preset,
 }
-_DECIDED_BY_PRESET = {"bits", "k_bits", "v_bits", "compress_v", "boundary_layers", "boundary", "layers", "key_centers"}
+_DECIDED_BY_PRESET = {
+    "bits",
+    "k_bits",
+    "v_bits",
+    "compress_v",
+    "boundary_layers",
+    "boundary",
+    "layers",
+    "key_centers",
+    "sink_tokens",
+    "recent_tokens",
+}

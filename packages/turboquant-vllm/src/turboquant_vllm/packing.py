@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turboquant_core import PageLayout, RawLayout, VectorLayout
-from turboquant_core.layout import PAGE_SIZE_MULTIPLE
+from turboquant_core.layout import PAGE_SIZE_MULTIPLE, ExactRows
 
 from .options import LayerBits
 
@@ -39,8 +39,13 @@ class LayerShape:
     head_dim: int
     itemsize: int
 
-    def page_layout(self, bits: LayerBits, page_size: int = PAGE_SIZE_MULTIPLE) -> PageLayout:
-        """Layout of a page of ``page_size`` tokens.
+    def page_layout(
+        self,
+        bits: LayerBits,
+        page_size: int = PAGE_SIZE_MULTIPLE,
+        exact: ExactRows = ExactRows(),  # noqa: B008 (immutable)
+    ) -> PageLayout:
+        """Layout of a page of ``page_size`` tokens, some of them in full precision too.
 
         Raises:
             LayoutError: head_dim or page_size cannot be packed.
@@ -50,7 +55,7 @@ class LayerShape:
             value = RawLayout(self.head_dim, self.itemsize)
         else:
             value = VectorLayout(self.head_dim, bits.v_bits, "cubic")
-        return PageLayout(VectorLayout(self.head_dim, bits.k_bits, "int8"), value, page_size, self.kv_heads)
+        return PageLayout(VectorLayout(self.head_dim, bits.k_bits, "int8"), value, page_size, self.kv_heads, exact)
 
     def token_bytes(self, bits: LayerBits) -> int:
         """Bytes of one token and KV head: keys, values and scales."""

@@ -50,7 +50,20 @@ def _prompts(setups: list[LayerSetup]) -> str:
 def _describe(setup: LayerSetup) -> str:
     uncompressed = setup.shape.uncompressed_token_bytes
     centered = ", centred keys" if setup.center is not None else ""
-    return f"{setup.bits}{centered}, {setup.token_bytes} bytes a token and head instead of {uncompressed}"
+    return (
+        f"{setup.bits}{centered}, {setup.token_bytes} bytes a token and head instead of {uncompressed}{_exact(setup)}"
+    )
+
+
+def _exact(setup: LayerSetup) -> str:
+    if not setup.exact.rows:
+        return ""
+    share = setup.token_bytes - setup.shape.token_bytes(setup.bits)
+    options = setup.options
+    return (
+        f", {share} of them for the first {options.sink_tokens} and the last {options.recent_tokens} tokens in the "
+        f"model's dtype in blocks of {setup.page_size}"
+    )
 
 
 def _attention_layers(vllm_config: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .merging import MERGE_TOKENS
 from .plan import PREFIX_TOKENS
 from .setup import LayerSetup
+from .windows import drafted_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,8 @@ class Scratch:
     def of(cls, vllm_config: Any, setup: LayerSetup) -> Scratch:
         """Size it for the largest step of an engine."""
         scheduler = vllm_config.scheduler_config
-        speculative = vllm_config.speculative_config
-        # A parallel draft model appends as many tokens again to those that are verified.
-        drafts = 0 if speculative is None else 2 * (speculative.num_speculative_tokens or 0)
         captured = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
-        tokens = max(scheduler.max_num_seqs * (1 + drafts), captured)
+        tokens = max(scheduler.max_num_seqs * (1 + drafted_tokens(vllm_config)), captured)
         nbytes = max(
             setup.provider.workspace_bytes(setup.request, tokens, batch)
             for batch in (scheduler.max_num_seqs, tokens, 1)

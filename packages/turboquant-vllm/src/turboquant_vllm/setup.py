@@ -12,6 +12,7 @@ from torch import Tensor
 
 from turboquant_core import CacheCodec, KernelProvider, KernelRequest, LayoutError
 from turboquant_core.hadamard import factor
+from turboquant_core.layout import PAGE_SIZE_MULTIPLE, ExactRows
 from turboquant_core.preset import Preset, PresetError
 
 from .centers import read_center
@@ -20,6 +21,7 @@ from .kernels import graph_safe, own_codec, provider_for, shared_codec
 from .limits import check_equal_pages
 from .options import LayerBits, LayerChoice, Options, read_options
 from .packing import LayerShape, layer_count, layer_index
+from .windows import check_exact_rows, exact_provider, exact_rows
 
 NATIVE_PREFIX = "turboquant_"
 _NATIVE_BITS = {
@@ -97,6 +99,8 @@ class LayerSetup:
         provider: who packs and attends.
         request: what the provider was asked for.
         center: float32 ``[kv_heads, head_dim]`` or None.
+        exact: rows of a page for tokens in full precision.
+        page_size: tokens of a block that vLLM was asked for.
     """
 
     name: str
@@ -106,18 +110,30 @@ class LayerSetup:
     provider: KernelProvider
     request: KernelRequest
     center: Tensor | None
+    exact: ExactRows = ExactRows()  # noqa: RUF009 (immutable)
+    page_size: int = PAGE_SIZE_MULTIPLE
 
     def codec(self, page_size: int) -> CacheCodec:
-        """Codecs of pages of ``page_size`` tokens, on the device."""
-        o, layout, device = self.options, self.shape.page_layout(self.bits, page_size), self.request.device
+        """Codecs of pages of ``page_size`` tokens, on the device.
+
+        Raises:
+            UnsupportedError: exact rows were counted for another page size.
+        """
+        if self.exact.rows and page_size != self.page_size:
+            raise UnsupportedError(
+                f"vLLM made blocks of {page_size} tokens where {self.page_size} were asked for; with tokens in full "
+                "precision they must be the same: set --block-size, or drop turboquant.sink_tokens and recent_tokens"
+            )
+        o, device = self.options, self.request.device
+        layout = self.shape.page_layout(self.bits, page_size, self.exact)
         if self.center is None:
             return shared_codec(layout, o.seed, o.key_scale, o.value_scale, device)
         return own_codec(layout, o.seed, o.key_scale, o.value_scale, device, self.center)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token and KV head."""
-        return self.shape.token_bytes(self.bits)
+        """Bytes of one token and KV head, a share of its page's exact rows included."""
+        return self.shape.page_layout(self.bits, self.page_size, self.exact).slot_bytes
 
 
 def set_up_layer(vllm_config: Any, layer_name: str, q_heads: int, shape: LayerShape, dtype: torch.dtype) -> LayerSetup:
@@ -135,15 +151,20 @@ def set_up_layer(vllm_config: Any, layer_name: str, q_heads: int, shape: LayerSh
         raise OptionError(f"layer {layer_name} shares pages that are packed and cannot itself be uncompressed")
     try:
         factor(shape.head_dim)
-        layout = shape.page_layout(bits)
+        page_size = vllm_config.cache_config.block_size or PAGE_SIZE_MULTIPLE
+        exact = exact_rows(options, vllm_config, shape.itemsize)
+        check_exact_rows(exact, shape, bits, page_size)
+        layout = shape.page_layout(bits, page_size, exact) if exact.rows else shape.page_layout(bits)
     except LayoutError as error:
         raise UnsupportedError(
             f"layer {layer_name} cannot be packed: {error}. Name it in turboquant.layers as 'uncompressed'"
         ) from error
     request = KernelRequest(layout, engine_device(), dtype, q_heads // shape.kv_heads)
     provider = provider_for(request, options.provider)
+    if exact.rows:
+        exact_provider(provider)
     center = _center(vllm_config, options, layer_name, shape)
-    return LayerSetup(layer_name, shape, bits, options, provider, request, center)
+    return LayerSetup(layer_name, shape, bits, options, provider, request, center, exact, layout.page_size)
 
 
 def _center(vllm_config: Any, options: Options, layer_name: str, shape: LayerShape) -> Tensor | None:
