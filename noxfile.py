@@ -320,8 +320,12 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(name="tests-gpu", venv_backend="none", default=False)
 def tests_gpu(session: nox.Session) -> None:
-    """Kernels on this machine's CUDA device, in an interpreter that has torch for CUDA and pytest already."""
+    """Kernels and static caches on this machine's CUDA device, in an interpreter that has torch for CUDA already.
+
+    It needs pytest, hypothesis and Transformers too.
+    """
     python = os.environ.get("GPU_PYTHON", sys.executable)
-    sources = os.pathsep.join(f"{folder(package)}/src" for package in ("core", "triton"))
-    tests = f"{folder('triton')}/tests"
-    session.run(python, "-m", "pytest", tests, *session.posargs, env={"PYTHONPATH": sources}, external=True)
+    sources = os.pathsep.join(f"{folder(package)}/src" for package in ("core", "triton", "hf"))
+    tests = (f"{folder('triton')}/tests", f"{folder('hf')}/tests/test_static_triton.py")
+    environment = {**TEST_ENVIRONMENT, "PYTHONPATH": sources}
+    session.run(python, "-m", "pytest", *tests, *session.posargs, env=environment, external=True)
