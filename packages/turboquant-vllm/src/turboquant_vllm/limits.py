@@ -41,7 +41,13 @@ def check_sliding_window() -> None:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raise ``UnsupportedError`` for parallelism that splits a sequence over ranks."""
+    """Raise ``UnsupportedError`` for parallelism that splits a sequence over ranks, and for hybrids below 0.28."""
+    from .compat import backend_sizes_pages
+
+    if getattr(vllm_config.model_config, "is_hybrid", False) and not backend_sizes_pages():
+        raise UnsupportedError(
+            "attention beside state-space layers can be packed from vLLM 0.28 on: upgrade vLLM, or " + ELSEWHERE
+        )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
