@@ -128,6 +128,21 @@ def test_a_healthy_model(healthy: Diagnosis) -> None:
     assert healthy.preset.bits[0] <= 4
 
 
+def test_bits_given_out_by_cost_diverge_less_than_the_same_everywhere(healthy: Diagnosis) -> None:
+    """This model's keys cost many times what its values cost, those of layer 1 most."""
+    plain = [verdict for verdict in healthy.verdicts if not verdict.windows.recent_tokens]
+    even = {verdict.bits: verdict for verdict in plain if not verdict.allocated}
+    allocated = {verdict.bits: verdict for verdict in plain if verdict.allocated}
+    assert set(allocated) == {(2.5, 2.5), (3, 3), (3.5, 3.5)}
+    for bits, verdict in allocated.items():
+        # At 3 bits the two are alike in so short a text.
+        assert verdict.divergence < (1.25 if bits[0] == 3 else 0.9) * even[bits].divergence
+        given = [verdict.layers.get(index, verdict.bits) for index in range(4)]
+        assert sum(map(sum, given)) <= 8 * bits[0]
+        assert max(given) == verdict.layers[1]
+        assert f"{bits[0]:g}, {bits[1]:g}*" in report(healthy)
+
+
 def test_the_report_shows_every_head_and_choice(healthy: Diagnosis) -> None:
     text = report(healthy)
     assert text.count("  K  ") == text.count("  V  ") == 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +13,16 @@ from ..layout import VectorLayout
 from ..preset import Fingerprint, Preset
 from ..rotation import rotation_signs
 from ..windows import Windows
-from .simulation import DoctorError, Treatment, divergence, run, without_layers
+from .allocation import allocate
+from .simulation import DoctorError, Treatment, divergence, keys_alone, run, values_alone
 from .statistics import HeadStatistics, codecs, describe
 
 PAIRS: tuple[tuple[float, float], ...] = ((2, 2), (2.5, 2.5), (3, 2), (3, 3), (3.5, 3.5), (4, 3), (4, 4))
 """Bits of keys and of values that are tried."""
 PROBE_BITS = 3
 """Width at which centring, sinks and single layers are compared: errors are plain there."""
+AVERAGES = (2.5, 3, 3.5)
+"""Bits that are given out among layers, keys and values by what each costs."""
 SPARED_BITS = 4
 SINK_TOKENS = 4
 RECENT_TOKENS = 64
@@ -34,6 +38,8 @@ WORTHWHILE = 0.95
 SPARE_FACTOR = 4.0
 """A layer is spared when it alone diverges this many times more than the median layer, and by its share."""
 SPARE_SHARE = 0.2
+FRACTIONS_NEED = 16
+"""Fractional bits need a head_dim that is a multiple of this."""
 SMALLEST_TEXT = 128
 """Tokens below which nothing can be said."""
 
@@ -46,15 +52,22 @@ class LayerReport:
         index: position in the model.
         keys: statistics of each KV head.
         values: the same of values.
-        divergence: nats per token when this layer alone is packed at :data:`PROBE_BITS`.
-        spared: whether the preset gives it :data:`SPARED_BITS`.
+        key_divergence: nats per token when its keys alone are packed, at :data:`PROBE_BITS`.
+        value_divergence: the same of its values.
+        spared: whether it gets :data:`SPARED_BITS` where all others get the same.
     """
 
     index: int
     keys: list[HeadStatistics]
     values: list[HeadStatistics]
-    divergence: float
+    key_divergence: float
+    value_divergence: float
     spared: bool
+
+    @property
+    def divergence(self) -> float:
+        """Of keys and values together, but for what they have to do with one another."""
+        return self.key_divergence + self.value_divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +75,13 @@ class Verdict:
     """One choice of bits and windows.
 
     Attributes:
-        bits: (keys, values).
+        bits: (keys, values); the average of each where they differ by layer.
         windows: tokens in full precision.
         divergence: nats per token.
         same_top: share of tokens with the same most probable next token.
         reason: why it is unsafe; None when it is safe.
+        layers: (keys, values) of the layers that differ from ``bits``.
+        allocated: whether bits were given out by what each layer costs.
     """
 
     bits: tuple[float, float]
@@ -74,6 +89,8 @@ class Verdict:
     divergence: float
     same_top: float
     reason: str | None
+    layers: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    allocated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +103,8 @@ class Diagnosis:
         layers: packable layers.
         left_out: reason by layer index, for layers that stay as they are.
         probes: divergence at :data:`PROBE_BITS` by what was tried: ``plain``, ``centred``, ``sinks``.
-        verdicts: for each of :data:`PAIRS`, and again with a recent window where that can make it safe or better.
+        verdicts: for each of :data:`PAIRS` and :data:`AVERAGES`, and again with a recent window where that can make it
+            safe or better.
         preset: the recommendation; None when every choice is unsafe.
     """
 
@@ -104,8 +122,9 @@ class Diagnosis:
         if self.preset is not None:
             return None
         worst = max(self.layers, key=lambda layer: layer.divergence)
+        widest = max(self.verdicts, key=lambda verdict: sum(verdict.bits))
         return (
-            f"at {self.verdicts[-1].bits[0]:g} bits {self.verdicts[-1].reason}; layer {worst.index} alone costs most, "
+            f"at {widest.bits[0]:g} bits {widest.reason}; layer {worst.index} alone costs most, "
             f"{worst.divergence:.3g} at {PROBE_BITS} bits"
         )
 
@@ -113,7 +132,7 @@ class Diagnosis:
 def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE, windows: bool = True) -> Diagnosis:
     """Run a text through a model with exact and with simulated packed caches, and choose a preset.
 
-    Makes about ``layers + 18`` passes over the text.
+    Makes about ``2 * layers + 24`` passes over the text.
 
     Args:
         model: a causal language model of Transformers, in evaluation mode.
@@ -131,6 +150,15 @@ def examine(model: Any, ids: Tensor, *, max_divergence: float = MAX_DIVERGENCE, 
     return examination.diagnosis()
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Bits (keys, values) of all layers but ``layers``."""
+
+    bits: tuple[float, float]
+    layers: Mapping[int, tuple[float, float]]
+    allocated: bool = False
+
+
 class _Examination:
     """The runs over one text, each compared with the exact one."""
 
@@ -146,19 +174,27 @@ class _Examination:
     def diagnosis(self) -> Diagnosis:
         """Try, choose, report."""
         treatment, probes = self._centre_and_sinks()
-        alone = {index: self._divergence(without_layers(treatment, index)) for index in self._vectors}
-        spared = _outlying(alone)
-        verdicts = [verdict for pair in PAIRS for verdict in self._verdicts(treatment, spared, pair)]
+        keys = {index: self._divergence(keys_alone(treatment, index)) for index in self._vectors}
+        values = {index: self._divergence(values_alone(treatment, index)) for index in self._vectors}
+        spared = _outlying({index: keys[index] + values[index] for index in self._vectors})
+        choices = [_even(pair, self._vectors, spared) for pair in PAIRS if self._packs(pair)]
+        choices += [_allocated(average, keys, values) for average in AVERAGES]
+        verdicts = [verdict for choice in choices for verdict in self._verdicts(treatment, choice)]
         fingerprint = Fingerprint.of(self._model.config)
         return Diagnosis(
             model=fingerprint,
             tokens=self._ids.shape[1],
-            layers=[self._layer(index, alone[index], index in spared) for index in self._vectors],
+            layers=[self._layer(i, keys[i], values[i], i in spared) for i in self._vectors],
             left_out=self._left_out,
             probes=probes,
             verdicts=verdicts,
-            preset=self._preset(fingerprint, treatment, spared, verdicts),
+            preset=self._preset(fingerprint, treatment, verdicts),
         )
+
+    def _packs(self, pair: tuple[float, float]) -> bool:
+        """Whether every layer has a layout for such bits."""
+        dims = [vectors.shape[-1] for both in self._vectors.values() for vectors in both]
+        return all(isinstance(bits, int) for bits in pair) or all(dim % FRACTIONS_NEED == 0 for dim in dims)
 
     def _run(self, treatment: Treatment) -> Tensor:
         return run(self._model, self._ids, treatment)[0]
@@ -182,65 +218,80 @@ class _Examination:
                 best, least = tried, probes[name]
         return best, probes
 
-    def _verdicts(self, treatment: Treatment, spared: set[int], pair: tuple[float, float]) -> list[Verdict]:
+    def _verdicts(self, treatment: Treatment, choice: _Choice) -> list[Verdict]:
         """Without a recent window, and with one where the first is not hopeless."""
-        plain = self._verdict(treatment, spared, pair, 0)
+        plain = self._verdict(treatment, choice, 0)
         if self._windows and plain.divergence <= RESCUE * self._limit:
-            return [plain, self._verdict(treatment, spared, pair, RECENT_TOKENS)]
+            return [plain, self._verdict(treatment, choice, RECENT_TOKENS)]
         return [plain]
 
-    def _verdict(self, treatment: Treatment, spared: set[int], pair: tuple[float, float], recent: int) -> Verdict:
-        layers = {index: _spared(pair) if index in spared else pair for index in self._vectors}
+    def _verdict(self, treatment: Treatment, choice: _Choice, recent: int) -> Verdict:
+        bits = {index: choice.layers.get(index, choice.bits) for index in self._vectors}
         windows = replace(treatment.windows, recent_tokens=recent)
-        got = self._run(replace(treatment, bits=layers, windows=windows))
+        got = self._run(replace(treatment, bits=bits, windows=windows))
         loss = divergence(self._exact, got)
         same = float((got.argmax(-1) == self._exact.argmax(-1)).float().mean())
         # Not "loss > limit": a divergence that is NaN is no safe one.
         safe = loss <= self._limit
         reason = None if safe else f"it diverges by {loss:.3g} nats per token, the limit is {self._limit:g}"
-        return Verdict(pair, windows, loss, same, reason)
+        return Verdict(choice.bits, windows, loss, same, reason, choice.layers, choice.allocated)
 
-    def _layer(self, index: int, alone: float, spared: bool) -> LayerReport:
+    def _layer(self, index: int, key_alone: float, value_alone: float, spared: bool) -> LayerReport:
         keys, values = self._vectors[index]
         return LayerReport(
             index=index,
             keys=describe(keys, codecs(keys.shape[-1], keys=True, device=keys.device)),
             values=describe(values, codecs(values.shape[-1], keys=False, device=values.device)),
-            divergence=alone,
+            key_divergence=key_alone,
+            value_divergence=value_alone,
             spared=spared,
         )
 
-    def _preset(
-        self, model: Fingerprint, treatment: Treatment, spared: set[int], verdicts: list[Verdict]
-    ) -> Preset | None:
+    def _preset(self, model: Fingerprint, treatment: Treatment, verdicts: list[Verdict]) -> Preset | None:
         chosen = _chosen(verdicts)
         if chosen is None:
             return None
         return Preset(
             model=model,
             bits=chosen.bits,
-            layers={index: _spared(chosen.bits) for index in spared if _spared(chosen.bits) != chosen.bits},
+            layers=chosen.layers,
             windows=chosen.windows,
             centers={index: center.cpu() for index, center in treatment.centers.items()},
             measured={"divergence": chosen.divergence, "same_top": chosen.same_top, "tokens": self._ids.shape[1]},
         )
 
 
-def _spared(pair: tuple[float, float]) -> tuple[float, float]:
-    return max(pair[0], SPARED_BITS), max(pair[1], SPARED_BITS)
+def _even(pair: tuple[float, float], layers: Iterable[int], spared: set[int]) -> _Choice:
+    """The same bits everywhere but in spared layers."""
+    wide = max(pair[0], SPARED_BITS), max(pair[1], SPARED_BITS)
+    return _Choice(pair, {index: wide for index in layers if index in spared and wide != pair})
+
+
+def _allocated(average: float, keys: Mapping[int, float], values: Mapping[int, float]) -> _Choice:
+    """Bits by what keys and values of each layer cost."""
+    costs = {(index, side): cost for side, own in enumerate((keys, values)) for index, cost in own.items()}
+    given = allocate({part: max(cost, 0.0) for part, cost in costs.items()}, average)
+    pairs = {index: (given[index, 0], given[index, 1]) for index in keys}
+    pair = (average, average)
+    return _Choice(pair, {index: own for index, own in pairs.items() if own != pair}, allocated=True)
 
 
 def _chosen(verdicts: list[Verdict]) -> Verdict | None:
-    """The safe choice of fewest bits, of those the one that diverges least without a recent window; with the window
-    where it is worthwhile.
+    """The safe choice of fewest bits, of those the one that diverges least without a recent window (the same bits
+    everywhere unless others are worthwhile); with the window where it is worthwhile.
     """
-    by_bits: dict[tuple[float, float], list[Verdict]] = {}
+    choices: dict[tuple[tuple[float, float], bool], list[Verdict]] = {}
     for verdict in verdicts:
-        by_bits.setdefault(verdict.bits, []).append(verdict)
-    safe = {pair: own for pair, own in by_bits.items() if any(verdict.reason is None for verdict in own)}
+        choices.setdefault((verdict.bits, verdict.allocated), []).append(verdict)
+    safe = [own for own in choices.values() if any(verdict.reason is None for verdict in own)]
     if not safe:
         return None
-    plain, *windowed = safe[min(safe, key=lambda pair: (sum(pair), safe[pair][0].divergence))]
+
+    def rank(own: list[Verdict]) -> tuple[float, float]:
+        plain = own[0]
+        return sum(plain.bits), plain.divergence / (WORTHWHILE if plain.allocated else 1)
+
+    plain, *windowed = min(safe, key=rank)
     worthwhile = [v for v in windowed if plain.reason or v.divergence < WORTHWHILE_WINDOW * plain.divergence]
     return worthwhile[0] if worthwhile else plain
 

@@ -52,12 +52,12 @@ class Treatment:
     """How the cache of each layer is coded.
 
     Attributes:
-        bits: (keys, values) by layer; a layer that it lacks stays exact.
+        bits: (keys, values) by layer; a layer that it lacks stays exact, and so does one of the two that is None.
         centers: float32 ``[kv_heads, head_dim]`` by layer.
         windows: tokens in full precision.
     """
 
-    bits: Mapping[int, tuple[float, float]]
+    bits: Mapping[int, tuple[float | None, float | None]]
     centers: Mapping[int, Tensor] = field(default_factory=dict)
     windows: Windows = Windows()  # noqa: RUF009 (immutable)
 
@@ -73,25 +73,23 @@ class Simulation:
         """What attention reads in place of the exact vectors."""
         if layer not in self._treatment.bits:
             return keys, values
-        return self._coded(layer, keys, True), self._coded(layer, values, False)
+        key_bits, value_bits = self._treatment.bits[layer]
+        return self._coded(layer, keys, key_bits, True), self._coded(layer, values, value_bits, False)
 
-    def _coded(self, layer: int, x: Tensor, is_key: bool) -> Tensor:
+    def _coded(self, layer: int, x: Tensor, bits: float | None, is_key: bool) -> Tensor:
         windows, tokens = self._treatment.windows, x.shape[2]
         first, last = min(windows.sink_tokens, tokens), max(tokens - windows.recent_tokens, 0)
-        if last <= first:
+        if bits is None or last <= first:
             return x
         own = x[:, :, first:last].transpose(1, 2)
-        coded = round_trip(own, self._codec(layer, x, is_key)).transpose(1, 2).to(x.dtype)
+        coded = round_trip(own, self._codec(layer, x, bits, is_key)).transpose(1, 2).to(x.dtype)
         return torch.cat((x[:, :, :first], coded, x[:, :, last:]), dim=2)
 
-    def _codec(self, layer: int, x: Tensor, is_key: bool) -> Codec:
+    def _codec(self, layer: int, x: Tensor, bits: float, is_key: bool) -> Codec:
         known = self._codecs.get((layer, is_key))
         if known is None:
-            layout = VectorLayout(
-                x.shape[-1], self._treatment.bits[layer][0 if is_key else 1], "int8" if is_key else "cubic"
-            )
             known = Codec.create(
-                layout,
+                VectorLayout(x.shape[-1], bits, "int8" if is_key else "cubic"),
                 stream=KEY_STREAM if is_key else VALUE_STREAM,
                 scale_rule=CACHE_RULE,
                 center=self._treatment.centers.get(layer) if is_key else None,
@@ -135,6 +133,11 @@ def divergence(exact: Tensor, got: Tensor) -> float:
     return float((exact.exp() * (exact - got)).sum(-1).mean())
 
 
-def without_layers(treatment: Treatment, keep: int) -> Treatment:
-    """The treatment of layer ``keep`` alone."""
-    return replace(treatment, bits={keep: treatment.bits[keep]})
+def keys_alone(treatment: Treatment, layer: int) -> Treatment:
+    """The treatment of a layer's keys alone."""
+    return replace(treatment, bits={layer: (treatment.bits[layer][0], None)})
+
+
+def values_alone(treatment: Treatment, layer: int) -> Treatment:
+    """The treatment of a layer's values alone."""
+    return replace(treatment, bits={layer: (None, treatment.bits[layer][1])})

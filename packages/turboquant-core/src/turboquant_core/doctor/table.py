@@ -35,7 +35,7 @@ def _layers(diagnosis: Diagnosis) -> str:
     legend = (
         "offset: bits lost to a constant offset; kurtosis: excess, after rotation; spread: norms, 99 % over median;\n"
         "first: norm of the first token over the median; N bit: squared error over the variance;\n"
-        f"alone: nats per token with only this layer packed, at {PROBE_BITS} bits (* spared)"
+        f"alone: nats per token with only this layer's keys or values packed, at {PROBE_BITS} bits (* spared)"
     )
     return f"{_aligned(header, rows)}\n{legend}"
 
@@ -44,7 +44,9 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
     rows = []
     for kind, heads in (("K", layer.keys), ("V", layer.values)):
         rows += [[str(layer.index), kind, str(head), *_figures(found), ""] for head, found in enumerate(heads)]
-    rows[0][-1] = f"{layer.divergence:.4f}{'*' if layer.spared else ' '}"
+    mark = "*" if layer.spared else " "
+    rows[0][-1] = f"{layer.key_divergence:.4f}{mark}"
+    rows[len(layer.keys)][-1] = f"{layer.value_divergence:.4f}{mark}"
     return rows
 
 
@@ -60,7 +62,7 @@ def _probes(probes: dict[str, float]) -> str:
 def _verdicts(diagnosis: Diagnosis) -> str:
     rows = [
         [
-            f"{verdict.bits[0]:g}, {verdict.bits[1]:g}",
+            f"{verdict.bits[0]:g}, {verdict.bits[1]:g}{'*' if verdict.allocated else ' '}",
             str(verdict.windows.sink_tokens),
             str(verdict.windows.recent_tokens),
             f"{verdict.divergence:.4f}",
@@ -71,7 +73,8 @@ def _verdicts(diagnosis: Diagnosis) -> str:
     ]
     table = _aligned(["K, V bits", "sinks", "recent", "nats", "same top"], [row[:-1] for row in rows])
     judged = ["", *(row[-1] for row in rows)]
-    return "\n".join(f"{line}  {word}".rstrip() for line, word in zip(table.split("\n"), judged, strict=True))
+    lines = [f"{line}  {word}".rstrip() for line, word in zip(table.split("\n"), judged, strict=True)]
+    return "\n".join([*lines, "* on average: wider for layers, keys or values that cost more"])
 
 
 def _conclusion(diagnosis: Diagnosis) -> str:
