@@ -36,16 +36,26 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Run:
-    """What an engine did; ``passes`` holds tokens, logprobs and cached tokens of every prompt."""
+    """What an engine did; ``passes`` holds tokens, logprobs and cached tokens of every prompt.
+
+    ``beside`` holds the same of an engine that ran at the same time, if one did.
+    """
 
     blocks: int
     block_size: int
     passes: list[list[dict[str, Any]]]
     preemptions: float | None
     accepted: float | None
+    beside: list[list[dict[str, Any]]]
 
     def tokens(self, number: int = 0) -> list[list[int]]:
         return [output["tokens"] for output in self.passes[number]]
+
+
+def _packed(turboquant: dict[str, Any] | None) -> dict[str, Any]:
+    if turboquant is None:
+        return {}
+    return {"attention_backend": BACKEND, "additional_config": {"turboquant": turboquant}}
 
 
 class Engines:
@@ -79,9 +89,19 @@ class Engines:
         *,
         max_tokens: int = 16,
         environment: dict[str, str] | None = None,
+        beside: dict[str, Any] | None = None,
         **engine: Any,
     ) -> dict[str, Any]:
-        """Raw answer of the runner; ``turboquant`` None is vLLM's own backend."""
+        """Raw answer of the runner.
+
+        Args:
+            passes: prompts, one batch after the other.
+            turboquant: options; None is vLLM's own backend.
+            max_tokens: of each answer.
+            environment: variables.
+            beside: options of a second engine that is alive at the same time.
+            engine: further arguments of ``LLM``.
+        """
         settings: dict[str, Any] = {
             "model": str(TINY),
             "dtype": "float32",
@@ -91,10 +111,10 @@ class Engines:
             "kv_cache_memory_bytes": CACHE_BYTES,
             "disable_log_stats": False,
         }
-        if turboquant is not None:
-            settings |= {"attention_backend": BACKEND, "additional_config": {"turboquant": turboquant}}
+        settings |= engine
         job = {
-            "engine": settings | engine,
+            "engine": settings | _packed(turboquant),
+            "beside": None if beside is None else settings | _packed(beside),
             "passes": passes,
             "max_tokens": max_tokens,
             "environment": environment or {},

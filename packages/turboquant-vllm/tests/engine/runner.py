@@ -54,10 +54,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    before = dict(os.environ)
     os.environ.update(job["environment"])
-    engine = None
+    engine = beside = None
     try:
         engine = LLM(**job["engine"])
+        if job.get("beside"):
+            beside = LLM(**job["beside"])
         passes = [outputs_of(engine, prompts, job["max_tokens"]) for prompts in job["passes"]]
         counters = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
         return {
@@ -66,13 +69,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "passes": passes,
             "preemptions": counters.get("vllm:num_preemptions"),
             "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
+            "beside": [outputs_of(beside, prompts, job["max_tokens"]) for prompts in job["passes"] if beside],
         }
     except Exception:  # noqa: BLE001 - the test decides whether this failure was wanted
         return {"error": traceback.format_exc()}
     finally:
-        for name in job["environment"]:
-            del os.environ[name]
-        del engine
+        os.environ.clear()
+        os.environ.update(before)
+        del engine, beside
         gc.collect()
         cleanup_dist_env_and_memory()
 

@@ -1,0 +1,95 @@
+"""What is refused of an engine before its weights are read, and of pages before the first request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from turboquant_core.preset import Fingerprint, Preset, save_preset
+from turboquant_vllm.errors import OptionError, UnsupportedError
+from turboquant_vllm.limits import check_equal_pages, check_page
+from turboquant_vllm.options import read_options
+from turboquant_vllm.setup import engine_options, is_draft
+
+TEXT = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_size": 64,
+    "vocab_size": 100,
+}
+KINDS = ["sliding_attention", "full_attention"]
+
+
+def engine(turboquant: dict[str, Any], speculative: Any = None, **text: Any) -> Any:
+    """The parts of vLLM's configuration that are read."""
+    config = SimpleNamespace(**{**TEXT, **text})
+    return SimpleNamespace(
+        additional_config={"turboquant": turboquant},
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(hf_config=config, hf_text_config=config),
+        speculative_config=speculative,
+    )
+
+
+def check(turboquant: dict[str, Any], **text: Any) -> None:
+    check_equal_pages(read_options({"turboquant": turboquant}, {}), engine(turboquant, **text))
+
+
+@pytest.mark.parametrize(
+    "turboquant",
+    [
+        {"layers": {"1": {"k_bits": 3}}},
+        {"layers": {"-1": "uncompressed"}},
+        {"boundary_layers": 1, "boundary": {"k_bits": 4, "v_bits": 3}},
+    ],
+)
+def test_layers_that_share_blocks_must_be_equal(turboquant: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match="Give all layers equal bits"):
+        check(turboquant, layer_types=2 * KINDS)
+    check(turboquant)
+    check(turboquant, layer_types=4 * ["full_attention"])
+
+
+def test_equal_layers_and_layers_without_attention_share_blocks() -> None:
+    check({"bits": 3}, layer_types=2 * KINDS)
+    check({"layers": {"0": "uncompressed"}}, layer_types=["mamba", *(3 * ["full_attention"])])
+
+
+def test_filled_up_pages_are_refused() -> None:
+    check_page(SimpleNamespace(real_page_size_bytes=2176, page_size_padded=None))
+    check_page(SimpleNamespace(real_page_size_bytes=2176, page_size_padded=2176))
+    with pytest.raises(UnsupportedError, match="pages of 2176 bytes up to 4096"):
+        check_page(SimpleNamespace(real_page_size_bytes=2176, page_size_padded=4096))
+
+
+@pytest.fixture
+def preset(tmp_path: Any) -> dict[str, Any]:
+    path = tmp_path / "preset.json"
+    save_preset(Preset(Fingerprint("llama", 4, 2, 16, 64, 100), (3, 4), layers={1: (4, 4)}), path)
+    return {"preset": str(path)}
+
+
+def test_a_preset_of_another_model_is_refused(preset: dict[str, Any]) -> None:
+    assert engine_options(engine(preset)).default.k_bits == 3
+    with pytest.raises(
+        OptionError, match=r"turboquant\.preset: the preset is for a model with hidden_size 64, this one"
+    ):
+        engine_options(engine(preset, hidden_size=128))
+
+
+def test_a_draft_model_gets_the_default_bits(preset: dict[str, Any]) -> None:
+    target, draft = engine(preset), engine(preset, num_hidden_layers=1)
+    speculative = SimpleNamespace(target_model_config=target.model_config, draft_model_config=draft.model_config)
+    target.speculative_config = draft.speculative_config = speculative
+    assert not is_draft(target)
+    assert is_draft(draft)
+    assert engine_options(target).layers
+    assert not engine_options(draft).layers
+    # Drafts by n-grams: vLLM names the model itself as its draft model.
+    speculative.draft_model_config = target.model_config
+    assert not is_draft(target)
