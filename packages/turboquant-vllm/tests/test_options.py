@@ -92,6 +92,7 @@ def test_a_layer_beyond_the_model_is_refused() -> None:
         ({"layers": {"0": {"bits": 4}}}, "an object of k_bits and v_bits"),
         ({"key_scale": "norms"}, "it must be one of unbiased, least_squares, renorm, norm, searched"),
         ({"value_scale": 1}, "turboquant.value_scale is 1"),
+        ({"shaped": True}, "turboquant.shaped: the plug-in has no shaped codes"),
         ({"key_centers": "/nowhere"}, "is no file on this machine"),
         ({"seed": -1}, r"it must be an integer in \[0, 2\*\*64\)"),
         ({"provider": ""}, "turboquant.provider is ''"),

@@ -112,6 +112,11 @@ def read_options(additional_config: object, environment: Mapping[str, str]) -> O
     given = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(given, Mapping):
         raise OptionError(f"additional_config[{CONFIG_KEY!r}] is {given!r}; it must be an object of options")
+    if "shaped" in given:
+        raise OptionError(
+            "turboquant.shaped: the plug-in has no shaped codes, because their search is no kernel and a step of vLLM "
+            "stores few tokens at a time; leave it out, or use turboquant-hf, whose prompts can have them"
+        )
     unknown = sorted(set(given) - set(_READERS))
     if unknown:
         raise OptionError(f"unknown turboquant option {unknown[0]!r}; the options are {', '.join(sorted(_READERS))}")
