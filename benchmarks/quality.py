@@ -38,6 +38,8 @@ CONSTITUTION = ROOT / "examples" / "data" / "constitution.txt"
 BITS_AT = 4096
 """Tokens at which true bits are stated: full-precision windows weigh less in longer contexts."""
 AGREEMENT_BITS = (4, 3, 2)
+COST_WINDOWS = 2
+"""Windows of the calibration text on which each layer's cost is measured."""
 COLUMNS = ("method", "bits", "KL", "standard error", "loss %", "bits per byte", "same top")
 
 
@@ -93,7 +95,12 @@ def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
     calibration = calibrate(model, rest)
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    codecs = Codecs(config.num_hidden_layers, head_dim, arguments.seed, calibration)
+
+    def divergence(methods: list[Method]) -> list[float]:
+        sums = score(model, rest[:COST_WINDOWS], methods, arguments.batch)
+        return [sums[method.name].kl / sums[method.name].tokens for method in methods]
+
+    codecs = Codecs(config.num_hidden_layers, head_dim, arguments.seed, calibration, divergence)
     scored = tokenizer.decode(torch.cat(rows))
     settings = {
         "model": arguments.model.resolve().name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +120,14 @@ class Codecs:
         head_dim: coordinates of a key and of a value.
         seed: of the rotation.
         calibration: of the model.
+        divergence: KL divergence of methods on a text that is not scored.
     """
 
     layers: int
     head_dim: int
     seed: int
     calibration: Calibration
+    divergence: Callable[[list[Method]], list[float]] | None = None
 
     def key(
         self,
@@ -181,6 +183,13 @@ class Codecs:
         """Shaped codes of keys and values, keys centred by the calibration's mean."""
         key = self.key(bits, center=self.calibration.key_mean, shape=True)
         return Method(name, key, self.value(bits, shape=True), family, **windows)
+
+    def by_layer(self, name: str, bits: Mapping[tuple[int, int], float]) -> Method:
+        """Bits by layer and side, 0 for keys and 1 for values; what is not named stays exact."""
+        sides = []
+        for side, make in enumerate((self.key, self.value)):
+            sides.append(ByLayer([make(bits[i, side]) if (i, side) in bits else RAW for i in range(self.layers)]))
+        return Method(name, *sides)
 
     def trellis(self, name: str, bits: int, *, centre: bool = False) -> Method:
         """Keys and values as trellis-coded sequences."""

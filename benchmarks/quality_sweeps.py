@@ -9,12 +9,16 @@ from quality_codecs import RAW, Automatic, ByLayer, Codecs, MeanOfFirst, Offset
 from quality_rivals import Textbook, rivals
 from scoring import Method
 
+from turboquant_core.doctor.allocation import allocate
 from turboquant_hf.automatic_center import LEAST_TOKENS, LONG_PROMPT
+from turboquant_hf.options import RECENT_TOKENS
 
 WIDTHS = (4, 3, 2)
 WINDOWS_WITHIN_2_PERCENT = {4: (4, 24), 3: (4, 15), 2: (4, 8)}
 """Sinks and recent tokens of 128 coordinates whose bytes add less than 2 % to 4096 tokens of each width."""
 PROMPT = 128
+PROBE_BITS = 3
+"""Width at which the cost of a layer is measured."""
 OFFSET = 3.0
 
 
@@ -161,6 +165,28 @@ def boundary(codecs: Codecs) -> list[Method]:
     ]
 
 
+def defaults(codecs: Codecs) -> list[Method]:
+    """What a cache of turboquant-hf does without options, after a prompt as long as the text."""
+    found = []
+    for bits in WIDTHS:
+        key, name = Automatic(codecs.key(bits), None), f"{bits} bit, defaults of turboquant-hf"
+        found.append(Method(name, key, codecs.value(bits), recent=RECENT_TOKENS))
+    return found
+
+
+def allocation(codecs: Codecs) -> list[Method]:
+    """Bits given out by what each layer's keys and values cost on another text, against the same everywhere."""
+    if codecs.divergence is None:
+        raise SystemExit("allocation needs the divergence of methods on a text that is not scored")
+    parts = [(layer, side) for layer in range(codecs.layers) for side in (0, 1)]
+    alone = codecs.divergence([codecs.by_layer(f"{part} alone", {part: PROBE_BITS}) for part in parts])
+    costs, found = dict(zip(parts, alone, strict=True)), []
+    for average in (2.5, 3, 3.5):
+        found.append(codecs.default(f"{average:g} bit everywhere", average))
+        found.append(codecs.by_layer(f"{average:g} bit on average", allocate(costs, average)))
+    return found
+
+
 SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
     "methods": methods,
     "trellis": trellis,
@@ -172,4 +198,6 @@ SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
     "pages": pages,
     "keys_and_values": keys_and_values,
     "boundary": boundary,
+    "defaults": defaults,
+    "allocation": allocation,
 }
