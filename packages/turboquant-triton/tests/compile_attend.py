@@ -91,6 +91,8 @@ def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any],
         "QUANTIZE": True,
         "RAGGED": False,
         "KEY_BITS": 4,
+        "SKIP_FIRST": 0,
+        "SKIP_LAST": 0,
         **SEEN,
         "PDL": newest,
     }

@@ -22,7 +22,7 @@ from .provider import Attended, Gathered, KernelProvider, KernelRequest
 
 @runtime_checkable
 class ExactRowsProvider(KernelProvider, Protocol):
-    """A provider that also writes and reads exact rows. Both operations may be captured in a CUDA graph."""
+    """A provider that also writes and reads exact rows. No operation waits for the device."""
 
     def store_exact(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, layout: PageLayout) -> None:
         """Copy keys and values into the exact rows of their pages; no other byte of ``pages`` changes.
@@ -36,6 +36,29 @@ class ExactRowsProvider(KernelProvider, Protocol):
             slot_mapping: integer ``[tokens]`` as in :meth:`KernelProvider.store`; the tokens of one page in ascending
                 order, without a gap.
             layout: of the pages.
+        """
+        ...
+
+    def attend_between(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        codec: CacheCodec,
+        *,
+        skip_first: int,
+        skip_last: int,
+        scaling: float,
+        query_start_loc: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> Attended:
+        """:meth:`KernelProvider.attend` of a query at position ``p`` to the tokens ``skip_first .. p - skip_last``.
+
+        Tokens are skipped, not masked: a page of which no token is seen is not read.
         """
         ...
 
@@ -98,9 +121,6 @@ def attend_with_exact(
 ) -> Attended:
     """Causal attention of the last tokens of each sequence, its first ``exact.first`` and ``recent`` tokens exact.
 
-    A query at position ``p`` meets the codes of the tokens ``first .. p - recent``. That is what :meth:`attend` gives
-    when every sequence is ``recent`` shorter: its causal mask then ends ``recent`` before each query.
-
     Args:
         provider: reads codes and exact rows.
         query: as in :meth:`KernelProvider.attend`, like the following.
@@ -114,15 +134,25 @@ def attend_with_exact(
         softcap: see :meth:`KernelProvider.attend`.
         options: ``sinks``, ``out`` and ``workspace`` of :meth:`KernelProvider.attend`.
 
+    Returns:
+        As :meth:`KernelProvider.attend`.
+
     Raises:
         ValueError: see both operations.
     """
     common: dict[str, Any] = {"scaling": scaling, "query_start_loc": query_start_loc, "softcap": softcap}
-    lengths = (seq_lens - recent).clamp_(min=0) if recent else seq_lens
-    first = codec.layout.exact.first
-    starts = torch.full_like(seq_lens, first) if first else None
-    packed = provider.attend(query, pages, block_table, lengths, codec, seq_starts=starts, **common, **options)
-    return provider.attend_exact(query, pages, block_table, seq_lens, codec, packed, recent=recent, **common)
+    between = provider.attend_between(
+        query,
+        pages,
+        block_table,
+        seq_lens,
+        codec,
+        skip_first=codec.layout.exact.first,
+        skip_last=recent,
+        **common,
+        **options,
+    )
+    return provider.attend_exact(query, pages, block_table, seq_lens, codec, between, recent=recent, **common)
 
 
 def read_exact(

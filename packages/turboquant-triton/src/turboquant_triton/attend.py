@@ -34,11 +34,16 @@ _MERGE_TILE = 128 * 128
 
 @dataclass(frozen=True, slots=True)
 class AttendOptions:
-    """Arguments of :meth:`turboquant_core.KernelProvider.attend` that do not depend on the data."""
+    """Arguments of :meth:`turboquant_core.KernelProvider.attend` that do not depend on the data.
+
+    ``skip_first`` and ``skip_last`` are those of :meth:`turboquant_core.exact.ExactRowsProvider.attend_between`.
+    """
 
     scaling: float
     window: int | None
     softcap: float | None
+    skip_first: int = 0
+    skip_last: int = 0
 
 
 def value_bits(layout: PageLayout) -> int:
@@ -101,7 +106,8 @@ def attend(
     space = carve(workspace, shape, programs, layout, query.device, permute)
     _prepare(query, seq_lens, query_start_loc, seq_starts, codec, options, shape, config, space, permute)
     run = _portable if not permute else _single_warps if config.single_warps else _permute
-    run(query, pages, block_table, codec, options, shape, config, space, programs, seq_starts is not None)
+    has_starts = seq_starts is not None or options.skip_first > 0
+    run(query, pages, block_table, codec, options, shape, config, space, programs, has_starts)
     _merge(codec, sinks, out, lse, shape, space, programs, permute)
     return Attended(out, lse)
 
@@ -171,6 +177,8 @@ def _prepare(
         RAGGED=query_start_loc is not None,
         HAS_STARTS=seq_starts is not None,
         HAS_WINDOW=options.window is not None,
+        SKIP_FIRST=options.skip_first,
+        SKIP_LAST=options.skip_last,
         ROWS_BLOCK=shape.rows_block,
         KEY_BITS=bits_code(codec.layout.key),
         PDL=permute and has_dependent_launch(query.device),

@@ -178,6 +178,41 @@ class TritonProvider:
 
         store_exact(key, value, pages, slot_mapping, layout)
 
+    def attend_between(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        codec: CacheCodec,
+        *,
+        skip_first: int,
+        skip_last: int,
+        scaling: float,
+        query_start_loc: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> Attended:
+        """See :meth:`turboquant_core.exact.ExactRowsProvider.attend_between`; as many launches as :meth:`attend`."""
+        from .attend import AttendOptions, attend
+
+        return attend(
+            query,
+            pages,
+            block_table,
+            seq_lens,
+            codec,
+            AttendOptions(scaling, None, softcap, skip_first, skip_last),
+            query_start_loc=query_start_loc,
+            seq_starts=None,
+            sinks=sinks,
+            out=out,
+            workspace=workspace,
+            permute=self._permutes(codec.layout, query.device, query.dtype),
+        )
+
     def attend_exact(
         self,
         query: Tensor,

@@ -70,6 +70,8 @@ def write_plan(
     RAGGED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    SKIP_FIRST: tl.constexpr,
+    SKIP_LAST: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
 ):
     """Fill the plan; one program does it all."""
@@ -82,7 +84,11 @@ def write_plan(
         else:
             entry = row
             end = tl.load(seq_lens + row, mask=inside, other=0)
+        if SKIP_LAST:
+            end = tl.maximum(end - SKIP_LAST, 0)
         start = tl.zeros_like(row)
+        if SKIP_FIRST:
+            start += SKIP_FIRST
         if HAS_STARTS:
             start = tl.load(seq_starts + entry, mask=inside, other=0)
         first_seen = start

@@ -42,6 +42,8 @@ def attend_prepare_kernel(
     RAGGED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    SKIP_FIRST: tl.constexpr,
+    SKIP_LAST: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
     KEY_BITS: tl.constexpr,
     PDL: tl.constexpr,
@@ -64,6 +66,8 @@ def attend_prepare_kernel(
             RAGGED,
             HAS_STARTS,
             HAS_WINDOW,
+            SKIP_FIRST,
+            SKIP_LAST,
             ROWS_BLOCK,
         )
     else:
