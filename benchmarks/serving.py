@@ -57,8 +57,8 @@ QWEN3_8B = {
 }
 
 
-def packed(bits: int) -> dict[str, Any]:
-    return {"attention_backend": "FUSED_TURBOQUANT", "additional_config": {"turboquant": {"bits": bits}}}
+def packed(bits: int, **options: int) -> dict[str, Any]:
+    return {"attention_backend": "FUSED_TURBOQUANT", "additional_config": {"turboquant": {"bits": bits, **options}}}
 
 
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -71,6 +71,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "int4_per_token_head": {"attention_backend": "TRITON_ATTN", "kv_cache_dtype": "int4_per_token_head"},
 }
 QUICK_CONTENDERS: dict[str, dict[str, Any]] = {"bf16": {}, "turboquant-4bit": packed(4)}
+ON_REQUEST: dict[str, dict[str, Any]] = {
+    "turboquant-3bit-windows": {**packed(3, sink_tokens=4, recent_tokens=24), "block_size": 512}
+}
+"""Run only when ``--only`` names them."""
 CAPTURED = [1, 2, 4, 8, 16, 32]
 """Batches that CUDA graphs are captured for: those of the workloads, which keeps the start short."""
 
@@ -101,6 +105,7 @@ def contenders(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The chosen ones, in the order of the table."""
     offered = QUICK_CONTENDERS if arguments.quick else CONTENDERS
     chosen = arguments.only or list(offered)
+    offered = {**offered, **ON_REQUEST}
     check_names("--only", chosen, list(offered))
     return {name: contender for name, contender in offered.items() if name in chosen}
 
@@ -235,7 +240,7 @@ def failed(results: dict[str, Any]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a CPU: small model, short workloads")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(CONTENDERS)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join([*CONTENDERS, *ON_REQUEST])}")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of them, 1x1K for instance")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="random traffic instead of timing")
     parser.add_argument("--model", type=Path, help="folder of a model; timing needs its config.json only")
