@@ -157,6 +157,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     started.close()
 
 
+@pytest.fixture(scope="session")
+def sized_pages() -> None:
+    """Skip where windows and hybrid models are refused."""
+    from turboquant_vllm.compat import backend_sizes_pages
+
+    if not backend_sizes_pages():
+        pytest.skip("before vLLM 0.28 no backend sizes pages of windows or beside state spaces: these are refused")
+
+
 def disagreement(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> float:
     """Largest lead, in nats, of a token that one run chose over the one that the other chose at the same place.
 

@@ -54,6 +54,7 @@ def test_centres_that_do_not_fit_are_refused(engines: Engines, tmp_path: Path) -
     assert "holds (4, 3, 64); layer 0 of this model needs" in engines.refusal({"key_centers": centers(tmp_path, 3)})
 
 
+@pytest.mark.usefixtures("sized_pages")
 def test_centres_and_sinks_are_refused(engines: Engines, tmp_path: Path) -> None:
     path = tmp_path / "centers.safetensors"
     save_file({"key_centers": torch.zeros(LAYERS, 2, 32)}, path)

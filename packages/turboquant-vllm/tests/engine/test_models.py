@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from turboquant_vllm.compat import backend_sizes_pages
+
 from .conftest import Engines, disagreement, drift
 from .models import IDS, RANDOM, model
 
@@ -21,6 +23,15 @@ CUT = {**RANDOM, "max_num_batched_tokens": 48, "enable_prefix_caching": True}
 GAIN = 256 / 36
 
 
+@pytest.mark.parametrize("kind", ["soft caps and windows", "state space"])
+def test_older_releases_refuse(engines: Engines, tmp_path: Path, kind: str) -> None:
+    if backend_sizes_pages():
+        pytest.skip("this vLLM lets a backend size its pages")
+    refusal = engines.refusal({}, model=model(tmp_path, kind), **RANDOM)
+    assert "sliding window not supported" in refusal or "can be packed from vLLM 0.28 on" in refusal
+
+
+@pytest.mark.usefixtures("sized_pages")
 @pytest.mark.parametrize(
     "kind", ["soft caps and windows", "sinks and windows", pytest.param("plain", marks=pytest.mark.slow)]
 )
@@ -35,6 +46,7 @@ def test_the_first_token_is_that_of_raw_attention(engines: Engines, tmp_path: Pa
     assert engines([IDS, IDS], PACKED, model=small, **CUT).tokens(1) == packed.tokens()
 
 
+@pytest.mark.usefixtures("sized_pages")
 def test_layers_that_share_pages_read_them(engines: Engines, tmp_path: Path) -> None:
     shared = model(tmp_path, "shared pages")
     full = engines([IDS], model=shared, **RANDOM)
@@ -49,6 +61,7 @@ def test_layers_that_share_pages_read_them(engines: Engines, tmp_path: Path) -> 
     assert drift(packed.passes[0], cut.passes[1]) < allowed
 
 
+@pytest.mark.usefixtures("sized_pages")
 def test_layers_beside_a_state_space(engines: Engines, tmp_path: Path) -> None:
     hybrid = model(tmp_path, "state space")
     full = engines([IDS], model=hybrid, **RANDOM)
@@ -59,6 +72,7 @@ def test_layers_beside_a_state_space(engines: Engines, tmp_path: Path) -> None:
     assert disagreement(engines([IDS], PACKED, model=hybrid, **RANDOM).passes[0], cut.passes[0]) < 0.2
 
 
+@pytest.mark.usefixtures("sized_pages")
 @pytest.mark.parametrize("kind", ["sinks and windows", pytest.param("shared pages", marks=pytest.mark.slow)])
 def test_unequal_layers_that_share_blocks_are_refused(engines: Engines, tmp_path: Path, kind: str) -> None:
     refusal = engines.refusal({"layers": {"1": {"k_bits": 3}}}, model=model(tmp_path, kind), **RANDOM)
@@ -67,6 +81,7 @@ def test_unequal_layers_that_share_blocks_are_refused(engines: Engines, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sized_pages")
 def test_unequal_layers_beside_a_state_space_are_refused(engines: Engines, tmp_path: Path) -> None:
     refusal = engines.refusal({"layers": {"1": {"k_bits": 3}}}, model=model(tmp_path, "state space"), **RANDOM)
     assert "which share blocks" in refusal
