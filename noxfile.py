@@ -48,7 +48,7 @@ NEEDS = {
     "hf": ("core", "triton", "hf"),
     "vllm": ("core", "triton", "vllm"),
 }
-VLLM = ("0.28.0", "0.30.0", "0.32.0")
+VLLM = ("0.27.1", "0.28.0", "0.30.0", "0.32.0")
 TEST_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # One process a core, each with one thread: threads of several processes would wait for one another.
 PARALLEL = ("-n", "auto")
