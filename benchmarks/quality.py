@@ -31,6 +31,8 @@ from scoring import FULL, NAME, Method, Sums, prepare, score, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from turboquant_hf import patch_model, unpatch_model
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TINY = ROOT / "examples" / "models" / "tiny"
@@ -153,15 +155,16 @@ def agreement(setup: Setup) -> list[dict[str, Any]]:
     computation, but for rounding.
     """
     sys.path.insert(0, str(ROOT / "examples"))
-    from comparison import Sample, make_cache
+    from comparison import Sample
     from comparison import score as score_through_cache
 
     ids, found = setup.rows[0].unsqueeze(0).to(setup.model.device), []
     sample = Sample(ids[:, :1], ids[:, 1:], 0)
     for bits in AGREEMENT_BITS:
         setup.model.set_attn_implementation("sdpa")
-        packed = score_through_cache(setup.model, make_cache(setup.model, bits), sample, lambda _: None).unsqueeze(0)
-        make_cache(setup.model, None)
+        cache = patch_model(setup.model, bits, recent_tokens=0, center_keys=False)
+        packed = score_through_cache(setup.model, cache, sample, lambda _: None).unsqueeze(0)
+        unpatch_model(setup.model)
         setup.model.set_attn_implementation(NAME)
         method = replace(setup.codecs.default("", bits), prompt=1)
         one_pass = score(setup.model, [ids[0]], [method], given={"packed cache": packed})

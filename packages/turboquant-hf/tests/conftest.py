@@ -19,6 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from turboquant_hf import options
+
 VOCABULARY = 97
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -45,6 +47,13 @@ CONFIGS: dict[str, tuple[PretrainedConfig, str]] = {
     "gemma2": (Gemma2Config(**GQA, sliding_window=8, query_pre_attn_scalar=20), "eager"),
 }
 UNTOUCHED = {"falcon": FalconConfig(**COMMON, multi_query=True, new_decoder_architecture=False)}
+
+
+@pytest.fixture(autouse=True)
+def no_window_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short contexts would stay in the default window: these tests are about packed tokens, unless they say so."""
+    if request.node.get_closest_marker("default_window") is None:
+        monkeypatch.setattr(options, "RECENT_TOKENS", 0)
 
 
 def build(config: PretrainedConfig, attention: str) -> Any:

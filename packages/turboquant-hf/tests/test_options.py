@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
 
-from turboquant_core import LayoutError, ProviderError
+from turboquant_core import LayoutError, ProviderError, Windows
 from turboquant_hf import TurboQuantCache, patch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
 
-from .conftest import GQA, build
+from .conftest import CONFIGS, GQA, build
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 4.25, True, (4,), (4, 5), "4"])
@@ -83,3 +83,36 @@ def test_public_names() -> None:
 
     assert turboquant_hf.__all__ == sorted(turboquant_hf.__all__, key=lambda name: (name.islower(), name))
     assert all(hasattr(turboquant_hf, name) for name in turboquant_hf.__all__)
+
+
+@pytest.mark.default_window
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_defaults(llama: Any, kind: str) -> None:
+    room = {"max_cache_len": 64} if kind == "static" else {}
+    cache = patch_model(llama, **room)
+    assert cache.options.windows == Windows(sink_tokens=0, recent_tokens=16)
+    assert cache.options.center_keys == "auto"
+    llama(torch.ones(1, 40, dtype=torch.int64), **{CACHE_ARGUMENT: cache})
+    if kind == "growing":
+        store = cache.layers[0].packed_sequences
+        assert (store.packed.length, store.recent.keys.shape[2]) == (24, 16)
+
+
+def test_keys_whose_scores_see_a_centre_are_not_centred() -> None:
+    config = CONFIGS["gemma2"][0]
+    assert TurboQuantCache(config).options.center_keys is False
+    assert TurboQuantCache(config, center_keys=True).options.center_keys is True
+
+
+def test_an_offset_is_centred_without_being_asked(llama: Any) -> None:
+    # The slowest rotary channels of both heads, which positions leave almost where they are.
+    offset = torch.zeros(64)
+    offset[[14, 15, 30, 31, 46, 47, 62, 63]] = 60.0
+    ids = torch.randint(2, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    hook = llama.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, out: out + offset)
+    cache = TurboQuantCache(llama.config)
+    llama(ids, **{CACHE_ARGUMENT: cache})
+    hook.remove()
+    centers = cache.key_centers()
+    assert 1 not in centers
+    assert centers[0].shape == (2, 32)

@@ -73,8 +73,8 @@ def test_the_context_manager_takes_a_preset_once(llama: Any, monkeypatch: pytest
 def test_auto_measures_the_model() -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     cache = patch_model(model, "auto")
-    keys, values = cache.options.layer_bits(0)
-    assert 2 <= values <= keys <= 4
+    # Keys and values of a layer get what they cost, so that either may have more bits.
+    assert all(2 <= bits <= 4 for index in range(4) for bits in cache.options.layer_bits(index))
     assert cache.verification is not None
 
 

@@ -16,6 +16,7 @@ from .compatibility import Compatibility, check_model_compatibility
 from .memory import CacheMemory
 from .patch import patch_model, turboquant, unpatch_model
 from .quality import LayerQuality, QualityWarning
+from .shaping import Shaping, measure_shaping
 from .static_cache import TurboQuantStaticCache
 from .storage import CacheFileError
 from .summary import LayerSummary, Summary
@@ -28,12 +29,14 @@ __all__ = [
     "LayerQuality",
     "LayerSummary",
     "QualityWarning",
+    "Shaping",
     "Summary",
     "TurboQuantCache",
     "TurboQuantStaticCache",
     "Verification",
     "__version__",
     "check_model_compatibility",
+    "measure_shaping",
     "patch_model",
     "turboquant",
     "unpatch_model",

@@ -12,13 +12,27 @@ from turboquant_core import Windows
 from turboquant_core.layout import bits_pair, check_page_size
 from turboquant_core.rotation import check_seed
 
+from .automatic_center import automatic_center
+from .shaping import Shaping
+
 LayerBits: TypeAlias = float | tuple[float, float]
 Bits: TypeAlias = LayerBits | Mapping[int, LayerBits] | Callable[[int], LayerBits]
 CompressV: TypeAlias = bool | Literal["boundary"] | Callable[[int, int], bool]
-CenterKeys: TypeAlias = bool | Mapping[int, Tensor] | Sequence[Tensor] | Tensor
+CenterKeys: TypeAlias = bool | Literal["auto"] | Mapping[int, Tensor] | Sequence[Tensor] | Tensor
 
 BOUNDARY_LAYERS = 2
 """``compress_v="boundary"`` keeps the values of this many first and last layers in full precision."""
+RECENT_TOKENS = 16
+"""Last tokens in full precision where ``recent_tokens`` is None: at 4096 tokens under 2 % of the bytes."""
+
+
+def windows_of(sink_tokens: int, recent_tokens: int | None, start_after: int) -> Windows:
+    """Windows of a cache's arguments.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+    return Windows(sink_tokens, RECENT_TOKENS if recent_tokens is None else recent_tokens, start_after)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +51,7 @@ class CacheOptions:
     center_keys: CenterKeys = False
     windows: Windows = Windows()  # noqa: RUF009 (immutable)
     compress_sliding: bool = False
+    shaped: Shaping | Literal[False] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, Mapping):
@@ -51,10 +66,16 @@ class CacheOptions:
             )
         object.__setattr__(self, "page_size", check_page_size(self.page_size))
         object.__setattr__(self, "seed", check_seed(self.seed))
-        if not isinstance(self.center_keys, bool | Mapping | list | tuple | Tensor):
+        is_center = isinstance(self.center_keys, bool | Mapping | list | tuple | Tensor)
+        if not is_center and self.center_keys != "auto":
             raise ValueError(
-                f"center_keys is {self.center_keys!r}; it must be True, False, or a tensor [kv_heads, head_dim] for "
-                "each layer, by index"
+                f"center_keys is {self.center_keys!r}; it must be 'auto', True, False, or a tensor "
+                "[kv_heads, head_dim] for each layer, by index"
+            )
+        if self.shaped is not False and not isinstance(self.shaped, Shaping):
+            raise ValueError(
+                f"shaped is {self.shaped!r}; a cache takes what measure_shaping(model, ids) gives; patch_model and "
+                "turboquant take True and measure"
             )
 
     def layer_bits(self, layer_idx: int) -> tuple[float, float]:
@@ -89,6 +110,8 @@ class CacheOptions:
             ValueError: there are fewer means than layers.
         """
         given = self.center_keys
+        if isinstance(given, str):
+            return automatic_center(keys)
         if isinstance(given, bool):
             return keys.float().mean(dim=(0, 2)) if given else None
         if isinstance(given, Mapping):

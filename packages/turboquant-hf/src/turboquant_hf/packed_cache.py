@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .automatic_center import may_center
 from .compat import Cache
 from .held_text import HeldText
 from .memory import CacheMemory
@@ -37,6 +39,8 @@ class PackedCache(Cache):
         Raises:
             ValueError: there is none.
         """
+        if options.center_keys == "auto" and not may_center(config):
+            options = replace(options, center_keys=False)
         self._fingerprint = fingerprint(config)
         self.text = HeldText()
         self.padding = Padding(is_wanted=options.windows.sink_tokens > 0)

@@ -108,6 +108,8 @@ class PackedLayer(ABC, Generic[Store]):
         except (LayoutError, ValueError) as error:
             raise LayoutError(f"layer {self.layer_idx} cannot be packed: {error}") from error
         provider = select_provider(KernelRequest(layout, device, self.dtype), self.options.provider)
+        if self.options.shaped:
+            provider = self.options.shaped.provider(self.layer_idx, codec, provider, shape.batch)
         self.store = self._make_store(shape.batch, codec, provider)
         self.is_initialized = True
 

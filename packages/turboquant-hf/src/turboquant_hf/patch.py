@@ -75,12 +75,12 @@ def patch_model(
         bits: see :class:`TurboQuantCache`; or a :class:`turboquant_core.preset.Preset`, or the path of one's
             file, which ``turboquant doctor`` writes; or ``"auto"``, which has the doctor measure this model first
             (about twenty passes over 512 tokens more than it has layers).
-        calibration: int64 ``[1, tokens]`` that ``"auto"`` measures on; None takes the doctor's text and the tokenizer
-            in the model's folder.
+        calibration: int64 ``[1, tokens]`` that ``"auto"`` and ``shaped=True`` measure on; None takes the doctor's text
+            and the tokenizer in the model's folder.
         max_cache_len: tokens of a static cache (:class:`TurboQuantStaticCache`), for compiled models; None for one
             that grows.
         verify: compare a short generation with the stock cache (:func:`turboquant_hf.verify_model`) before returning.
-        options: of the cache.
+        options: of the cache. ``shaped=True`` measures what :class:`TurboQuantCache` takes, in one pass over the text.
 
     Returns:
         An empty cache; what was verified is in its ``verification``. Pass it to ``generate`` as ``cache``
@@ -92,14 +92,18 @@ def patch_model(
             attention implementation other than ``sdpa`` and ``eager``.
     """
     numbers, options = resolve(model, bits, options, calibration)
+    # Verification is about wiring: its twin codes vector by vector, shaped codes are those of a call.
+    plain = {name: value for name, value in options.items() if name != "shaped"}
+    if max_cache_len is not None and options.get("shaped"):
+        raise ValueError("shaped codes need a cache that grows: leave max_cache_len out, or shaped")
 
     def fresh() -> TurboQuantCache:
-        return TurboQuantCache(model.config, numbers, **options)
+        return TurboQuantCache(model.config, numbers, **plain)
 
     def static(room: int) -> TurboQuantStaticCache:
-        return TurboQuantStaticCache(model.config, room, numbers, **options)
+        return TurboQuantStaticCache(model.config, room, numbers, **plain)
 
-    cache = fresh() if max_cache_len is None else static(max_cache_len)
+    cache = static(max_cache_len) if max_cache_len is not None else TurboQuantCache(model.config, numbers, **options)
     check_attention(model)
     watch_prompts(model)
     if why_not_registered(model) is None:
@@ -113,7 +117,7 @@ def patch_model(
         except (TurboQuantError, ValueError):
             unpatch_model(model)
             raise
-        for concern in concerns(cache.verification.layers, centered=options.get("center_keys", False) is not False):
+        for concern in concerns(cache.verification.layers, centered=cache.options.center_keys is not False):
             warnings.warn(f"{type(model).__name__}: {concern}", QualityWarning, stacklevel=2)
     return cache
 

@@ -15,6 +15,7 @@ from turboquant_core.preset import Preset, load_preset
 
 from .compat import PreTrainedModel
 from .options import Bits
+from .shaping import measure_shaping
 
 BitsOrPreset: TypeAlias = Bits | Preset | Literal["auto"] | str | os.PathLike[str]
 DECIDED = ("center_keys", "sink_tokens", "recent_tokens", "start_after")
@@ -45,13 +46,15 @@ def resolve(
     Args:
         model: that the cache is for.
         bits: of :class:`TurboQuantCache`, a preset, its file, or ``"auto"``.
-        options: of :class:`TurboQuantCache`.
+        options: of :class:`TurboQuantCache`; ``shaped=True`` is measured.
         calibration: int64 ``[1, tokens]`` to measure on; None takes the doctor's text and the model's tokenizer.
 
     Raises:
         TurboQuantError: the doctor refuses the model, or has no text for it.
         ValueError: no such file, a preset of another model, or options that the preset decides.
     """
+    if options.get("shaped") is True:
+        options = options | {"shaped": measure_shaping(model, _ids(model, calibration, "shaped=True"))}
     if not isinstance(bits, Preset | str | os.PathLike):
         return bits, options
     taken = [name for name in DECIDED if name in options]
@@ -79,7 +82,7 @@ def measured_preset(model: PreTrainedModel, calibration: Tensor | None = None) -
     Raises:
         TurboQuantError: it refuses, or the model has no tokenizer in its folder and ``calibration`` is None.
     """
-    ids = _default_ids(model) if calibration is None else calibration.to(model.device)
+    ids = _ids(model, calibration, "bits='auto'")
     diagnosis = examine(model, ids)
     if diagnosis.preset is None:
         raise TurboQuantError(
@@ -89,12 +92,15 @@ def measured_preset(model: PreTrainedModel, calibration: Tensor | None = None) -
     return diagnosis.preset
 
 
-def _default_ids(model: PreTrainedModel) -> Tensor:
+def _ids(model: PreTrainedModel, calibration: Tensor | None, option: str) -> Tensor:
+    """What is measured on: ``calibration``, or the doctor's text with the tokenizer in the model's folder."""
+    if calibration is not None:
+        return calibration.to(model.device)
     folder = model.config.name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise TurboQuantError(
-            f"bits='auto' found no tokenizer in {folder!r}: pass calibration, token ids [1, a few hundred] of real text"
+            f"{option} found no tokenizer in {folder!r}: pass calibration, token ids [1, a few hundred] of real text"
         ) from error
     return calibration_ids(tokenizer, device=model.device)

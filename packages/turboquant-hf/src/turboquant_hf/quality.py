@@ -126,7 +126,7 @@ def concerns(layers: tuple[LayerQuality, ...], *, centered: bool) -> list[str]:
     if offset and not centered:
         found.append(
             f"keys share a constant offset in layers {_indices(offset)}, which costs up to "
-            f"{max(layer.offset_bits for layer in offset):.1f} bits of their precision: use center_keys=True"
+            f"{max(layer.offset_bits for layer in offset):.1f} bits of their precision: use center_keys='auto' or True"
         )
     low = [layer for layer in layers if layer.cosine is not None and layer.cosine < COSINE_LIMIT]
     if low:

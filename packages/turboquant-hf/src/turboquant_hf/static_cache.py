@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from turboquant_core import Windows
-
 from .compat import StaticCache, StaticLayer, StaticSlidingWindowLayer
-from .options import Bits, CacheOptions, CenterKeys, CompressV
+from .options import Bits, CacheOptions, CenterKeys, CompressV, windows_of
 from .packed_cache import PackedCache
 from .static_layer import TurboQuantStaticLayer
 from .static_sliding_layer import TurboQuantStaticSlidingLayer
@@ -40,7 +38,7 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
         center_keys: what is subtracted from keys.
         sink_tokens: first visible tokens that stay in full precision; a compiled step needs to know of left padding,
             which a patched model tells, or :meth:`note_padding`.
-        recent_tokens: last tokens that stay in full precision, besides being packed.
+        recent_tokens: last tokens that stay in full precision, besides being packed; None for 16.
         start_after: tokens before which everything is attended to in full precision.
         compress_sliding: pack sliding-window layers too.
 
@@ -60,9 +58,9 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
         seed: int = 42,
         page_size: int = 64,
         provider: str | None = None,
-        center_keys: CenterKeys = False,
+        center_keys: CenterKeys = "auto",
         sink_tokens: int = 0,
-        recent_tokens: int = 0,
+        recent_tokens: int | None = None,
         start_after: int = 0,
         compress_sliding: bool = False,
     ) -> None:
@@ -70,7 +68,7 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
             raise ValueError(f"max_cache_len is {max_cache_len!r}; it must be a number of tokens, at least 1")
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.room = max_cache_len
-        windows = Windows(sink_tokens, recent_tokens, start_after)
+        windows = windows_of(sink_tokens, recent_tokens, start_after)
         options = CacheOptions(bits, compress_v, seed, page_size, provider, center_keys, windows, compress_sliding)
         self._pack_layers(config, options)
 
