@@ -11,6 +11,7 @@ from torch import Tensor
 from turboquant_core import Windows
 from turboquant_core.layout import bits_pair, check_page_size
 from turboquant_core.rotation import check_seed
+from turboquant_core.scale import CACHE_RULE, ScaleRule
 
 from .automatic_center import automatic_center
 from .shaping import Shaping
@@ -52,6 +53,7 @@ class CacheOptions:
     windows: Windows = Windows()  # noqa: RUF009 (immutable)
     compress_sliding: bool = False
     shaped: Shaping | Literal[False] = False
+    scale_rule: ScaleRule = CACHE_RULE
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, Mapping):

@@ -104,7 +104,10 @@ class PackedLayer(ABC, Generic[Store]):
         self.dtype, self.device = shape.dtype, device
         try:
             layout = self._layout(shape)
-            codec = CacheCodec.create(layout, seed=self.options.seed, center=center, device=device)
+            rule = self.options.scale_rule
+            codec = CacheCodec.create(
+                layout, seed=self.options.seed, key_scale=rule, value_scale=rule, center=center, device=device
+            )
         except (LayoutError, ValueError) as error:
             raise LayoutError(f"layer {self.layer_idx} cannot be packed: {error}") from error
         provider = select_provider(KernelRequest(layout, device, self.dtype), self.options.provider)
