@@ -32,8 +32,8 @@ TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.15, torch.bfloat16: 0.15}
 """Norm of the difference of logits allowed, relative to theirs.
 
 In half precision, rounding in one layer changes codes in the next, the more the fewer bits: the model in `examples`
-comes to 0.09 at 2 bits, and to 0.26 where scores are twice what they should be. The permute kernels multiply by int8 queries,
-which is part of the figure.
+comes to 0.09 at 2 bits, and to 0.26 where scores are twice what they should be. The permute kernels multiply by int8
+queries, which is part of the figure.
 """
 
 
