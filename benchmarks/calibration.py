@@ -1,4 +1,4 @@
-"""What a short calibration text says about each layer: mean keys and the second moment of queries."""
+"""What a short calibration text says about each layer: means, energies and the second moment of queries."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ class Calibration:
     Attributes:
         key_mean: ``[kv_heads, head_dim]``, after the position embedding.
         query_moment: ``[kv_heads, head_dim, head_dim]``, ``E[q q^T]`` over tokens and the query heads of a KV head.
-        output_moment: the same shape, ``sum(W_o^T W_o)`` over those heads: it comes from the weights alone.
+        key_energy: ``[kv_heads, head_dim]``, the mean square of each channel.
+        value_energy: the same of values.
+        output_moment: the shape of ``query_moment``, ``sum(W_o^T W_o)`` over those heads, from the weights alone.
         tokens: that were read.
     """
 
     key_mean: list[Tensor]
     query_moment: list[Tensor]
+    key_energy: list[Tensor]
+    value_energy: list[Tensor]
     output_moment: list[Tensor]
     tokens: int
 
@@ -38,12 +42,16 @@ class _Sums(Observer):
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
         self.queries: dict[int, Tensor] = {}
+        self.key_energy: dict[int, Tensor] = {}
+        self.value_energy: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
 
-    def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor) -> None:
+    def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         layer, heads = module.layer_idx, key.shape[1]
         self.queries[layer] = self.queries.get(layer, 0) + query_moment(query, heads)
         self.keys[layer] = self.keys.get(layer, 0) + key.float().mean((0, 2))
+        for energy, x in ((self.key_energy, key), (self.value_energy, value)):
+            energy[layer] = energy.get(layer, 0) + x.float().square().mean((0, 2))
         if layer not in self.outputs:
             self.outputs[layer] = _output_moment(module, heads, query.shape[-1])
 
@@ -64,6 +72,8 @@ def calibrate(model: Any, rows: list[Tensor]) -> Calibration:
     return Calibration(
         key_mean=[sums.keys[i] / len(rows) for i in layers],
         query_moment=[sums.queries[i] / len(rows) for i in layers],
+        key_energy=[sums.key_energy[i] / len(rows) for i in layers],
+        value_energy=[sums.value_energy[i] / len(rows) for i in layers],
         output_moment=[sums.outputs[i] for i in layers],
         tokens=sum(len(ids) for ids in rows),
     )

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from turboquant_core import Codec, ReferenceProvider, VectorLayout
 from turboquant_core.codec import KEY_STREAM, VALUE_STREAM
+from turboquant_core.layout import SCALE_BYTES
+from turboquant_core.outliers import OUTLIER_FRACTION, TurboQuantOutliers, outlier_channels
 from turboquant_core.scale import CACHE_RULE, ScaleRule
 from turboquant_core.shaping import shaped
 from turboquant_core.trellis import TurboQuantTrellis
@@ -48,6 +50,22 @@ class Trellis:
 
     def vector_bytes(self, head_dim: int, layer: int) -> float:
         return self.quantizers[layer].layout.nbytes
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The paper's split of channels: one quantizer for each layer and KV head."""
+
+    quantizers: list[list[TurboQuantOutliers]]
+    bits: tuple[int, int]
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        heads = zip(x.unbind(1), self.quantizers[layer], strict=True)
+        return torch.stack([quantizer.decode(quantizer.encode(head)) for head, quantizer in heads], 1)
+
+    def vector_bytes(self, head_dim: int, layer: int) -> float:
+        loud = round(OUTLIER_FRACTION * head_dim)
+        return (loud * self.bits[0] + (head_dim - loud) * self.bits[1]) / 8 + 2 * SCALE_BYTES
 
 
 @dataclass(frozen=True)
@@ -191,7 +209,7 @@ class Codecs:
             sides.append(ByLayer([make(bits[i, side]) if (i, side) in bits else RAW for i in range(self.layers)]))
         return Method(name, *sides)
 
-    def trellis(self, name: str, bits: int, *, centre: bool = False) -> Method:
+    def trellis(self, name: str, bits: int, family: str | None = None, *, centre: bool = False) -> Method:
         """Keys and values as trellis-coded sequences."""
 
         def coded(stream: int, centers: list[Tensor] | None) -> Trellis:
@@ -200,7 +218,23 @@ class Codecs:
             return Trellis([TurboQuantTrellis(self.head_dim, bits, self.seed, center=c, **options) for c in own])
 
         key = coded(KEY_STREAM, self.calibration.key_mean if centre else None)
-        return Method(name, key, coded(VALUE_STREAM, None))
+        return Method(name, key, coded(VALUE_STREAM, None), family)
+
+    def outliers(self, name: str, bits: tuple[int, int]) -> Method:
+        """The channels of most energy on the calibration text at ``bits[0]``, the others at ``bits[1]``."""
+
+        def coded(energy: list[Tensor], stream: int) -> Outliers:
+            count = round(OUTLIER_FRACTION * self.head_dim)
+            seed, device = self.seed + stream, self.calibration.device
+
+            def of_head(head: Tensor) -> TurboQuantOutliers:
+                channels = outlier_channels(head.sqrt().unsqueeze(0), count)
+                return TurboQuantOutliers(channels, self.head_dim, bits, seed, device, scale_rule="unbiased")
+
+            return Outliers([[of_head(head) for head in layer] for layer in energy], bits)
+
+        keys, values = self.calibration.key_energy, self.calibration.value_energy
+        return Method(name, coded(keys, KEY_STREAM), coded(values, VALUE_STREAM))
 
     def slow_offset(self, times: float) -> list[Tensor]:
         """Vectors ``[kv_heads, head_dim]`` on the slowest rotary channels, ``times`` the keys' mean norm.

@@ -23,7 +23,7 @@ OFFSET = 3.0
 
 
 def methods(codecs: Codecs) -> list[Method]:
-    """This project beside every rival."""
+    """This project beside every rival, rivals with windows of the same size too."""
     ours, experimental = "turboquant", "turboquant, shaped codes"
     found = [codecs.default(f"{ours}, {bits:g} bit", bits, ours) for bits in (4, 3.5, 3, 2.5, 2)]
     found += [codecs.shaped(f"{experimental}, {bits:g} bit", bits, experimental) for bits in (4, 3.5, 3, 2.5, 2)]
@@ -31,7 +31,24 @@ def methods(codecs: Codecs) -> list[Method]:
         windows = {"sinks": sinks, "recent": recent}
         found.append(codecs.default(f"{ours}, {bits} bit, windows {sinks} + {recent}", bits, **windows))
         found.append(codecs.shaped(f"{experimental}, {bits} bit, windows {sinks} + {recent}", bits, **windows))
-    return found + rivals(codecs.seed)[0]
+    found += defaults(codecs)
+    found += [
+        codecs.trellis(f"turboquant, trellis codes, {b} bit", b, family="turboquant, trellis codes") for b in (3, 2)
+    ]
+    others = rivals(codecs.seed)[0]
+    return found + others + [windowed(method, bits) for bits in WIDTHS for method in others if by_vector(method, bits)]
+
+
+def by_vector(method: Method, bits: int) -> bool:
+    """Whether a rival of ``bits`` stores no more than one scale and one zero for a vector."""
+    return method.name.endswith(f", {bits} bit") and method.name.startswith(("fused", "vLLM"))
+
+
+def windowed(method: Method, bits: int) -> Method:
+    """A rival with the windows that this project's methods of ``bits`` are given."""
+    sinks, recent = WINDOWS_WITHIN_2_PERCENT[bits]
+    name = f"{method.name}, windows {sinks} + {recent}"
+    return replace(method, name=name, family=None, sinks=sinks, recent=recent)
 
 
 def trellis(codecs: Codecs) -> list[Method]:
@@ -165,12 +182,20 @@ def boundary(codecs: Codecs) -> list[Method]:
     ]
 
 
+def fractional(codecs: Codecs) -> list[Method]:
+    """One bit more for half of the rotated coordinates, against the paper's for a quarter of the channels."""
+    found = []
+    for bits, widths in ((3.5, (4, 3)), (2.5, (3, 2))):
+        found += [codecs.default(f"{bits} bit", bits), codecs.outliers(f"outlier channels, {bits} bit", widths)]
+    return found
+
+
 def defaults(codecs: Codecs) -> list[Method]:
     """What a cache of turboquant-hf does without options, after a prompt as long as the text."""
     found = []
     for bits in WIDTHS:
-        key, name = Automatic(codecs.key(bits), None), f"{bits} bit, defaults of turboquant-hf"
-        found.append(Method(name, key, codecs.value(bits), recent=RECENT_TOKENS))
+        key, family = Automatic(codecs.key(bits), None), "turboquant-hf, defaults"
+        found.append(Method(f"{family}, {bits} bit", key, codecs.value(bits), family, recent=RECENT_TOKENS))
     return found
 
 
@@ -198,6 +223,7 @@ SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
     "pages": pages,
     "keys_and_values": keys_and_values,
     "boundary": boundary,
+    "fractional": fractional,
     "defaults": defaults,
     "allocation": allocation,
 }

@@ -2,7 +2,8 @@
 
 PROMPTS is a gzipped JSON list of rows with `length`, `prompt_ids` and `answer_ids`. A prompt goes into the cache in
 chunks, so that all but the first is read by attention over packed pages; the answer counts when greedy decoding yields
-exactly its ids, which is the case when every id is the most likely one after those before it.
+exactly its ids, which is the case when every id is the most likely one after those before it. Intervals are Wilson's of
+the share of right answers, 95 %; `lost` and `won` count prompts that only full precision, or only the cache, answers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from turboquant_hf.compat import CACHE_ARGUMENT
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "examples" / "models" / "tiny"
 FULL = "full precision"
+VARIANTS = ("defaults", "packed alone", "windows", "shaped")
+Z95 = 1.959964
 
 MakeCache = Callable[[Any], Any]
 
@@ -47,14 +50,39 @@ def packed(bits: float, **options: Any) -> MakeCache:
     return lambda model: patch_model(model, bits, verify=False, **options)
 
 
-def caches(bits: list[float], sinks: int, recent: int) -> dict[str, MakeCache]:
-    """Full precision, then each width alone, and with centred keys and windows."""
+def caches(bits: list[float], sinks: int, recent: int, variants: list[str]) -> dict[str, MakeCache]:
+    """Full precision, then each width in each of the ``variants``."""
+    options: dict[str, dict[str, Any]] = {
+        "defaults": {},
+        "packed alone": {"recent_tokens": 0, "center_keys": False},
+        "windows": {"sink_tokens": sinks, "recent_tokens": recent, "center_keys": True},
+        "shaped": {"shaped": True},
+    }
+    names = {"defaults": "", "windows": f", centred keys, windows {sinks} + {recent}"}
     found: dict[str, MakeCache] = {FULL: stock_cache}
     for width in bits:
-        found[f"{width:g} bit"] = packed(width)
-        windows = {"sink_tokens": sinks, "recent_tokens": recent, "center_keys": True}
-        found[f"{width:g} bit, centred keys, windows {sinks} + {recent}"] = packed(width, **windows)
+        for variant in variants:
+            found[f"{width:g} bit{names.get(variant, f', {variant}')}"] = packed(width, **options[variant])
     return found
+
+
+def interval(right: int, prompts: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    share, z2 = right / prompts, Z95**2
+    middle, half = share + z2 / (2 * prompts), Z95 * (share * (1 - share) / prompts + z2 / (4 * prompts**2)) ** 0.5
+    return (middle - half) / (1 + z2 / prompts), (middle + half) / (1 + z2 / prompts)
+
+
+def figures(right: list[bool], full: list[bool]) -> dict[str, Any]:
+    """Of one cache at one length, beside full precision on the same prompts."""
+    pairs = list(zip(right, full, strict=True))
+    return {
+        "prompts": len(right),
+        "right": sum(right),
+        "interval": interval(sum(right), len(right)),
+        "lost": sum(theirs and not mine for mine, theirs in pairs),
+        "won": sum(mine and not theirs for mine, theirs in pairs),
+    }
 
 
 @torch.inference_mode()
@@ -115,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=16)
-    parser.add_argument("--only", help="only caches whose name contains this, beside full precision")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["defaults", "windows"])
     parser.add_argument("--json", type=Path, help="default: results/quality_retrieval_MODEL.json")
     return parser.parse_args()
 
@@ -133,19 +161,26 @@ def main() -> None:
         "caches": {},
     }
     target = arguments.json or HERE / "results" / f"quality_retrieval_{results['model']}.json"
-    for name, make in caches(arguments.bits, arguments.sinks, arguments.recent).items():
-        if name != FULL and arguments.only and arguments.only not in name:
-            continue
+    full: dict[int, list[bool]] = {}
+    for name, make in caches(arguments.bits, arguments.sinks, arguments.recent, arguments.variants).items():
         start = time.perf_counter()
         found = measure(model, rows, make, arguments.chunk, arguments.batch)
-        results["caches"][name] = {str(k): {"prompts": len(v), "right": sum(v)} for k, v in found.items()}
+        full = full or found
+        results["caches"][name] = {str(n): figures(right, full[n]) for n, right in found.items()}
         write_json(target, results, arguments.device)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    lengths = list(results["caches"][FULL])
-    shares = [
-        [name, *(f"{c[n]['right']} / {c[n]['prompts']}" for n in lengths)] for name, c in results["caches"].items()
-    ]
-    print(table(["cache", *(f"{n} tokens" for n in lengths)], shares))
+    show(results["caches"])
+
+
+def show(caches: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print a table."""
+    shares = []
+    for name, by_length in caches.items():
+        for length, found in by_length.items():
+            low, high = found["interval"]
+            share = f"{found['right']} / {found['prompts']}"
+            shares.append([name, length, share, f"{low:.3f} to {high:.3f}", found["lost"], found["won"]])
+    print(table(["cache", "tokens", "right", "95 % interval", "lost", "won"], shares))
 
 
 if __name__ == "__main__":

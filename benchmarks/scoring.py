@@ -81,10 +81,10 @@ FULL = Method("full precision", Raw(), Raw())
 
 
 class Observer(Protocol):
-    """Sees the queries and keys of every attention."""
+    """Sees the queries, keys and values of every attention."""
 
-    def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor) -> None:
-        """Query ``[batch, q_heads, tokens, head_dim]`` and key ``[batch, kv_heads, tokens, head_dim]``."""
+    def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Query ``[batch, q_heads, tokens, head_dim]``, key and value ``[batch, kv_heads, tokens, head_dim]``."""
 
 
 class _Active:
@@ -115,7 +115,7 @@ def _attention(
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     _check(module, mask, kwargs)
     if _Active.observer is not None:
-        _Active.observer(module, query, key)
+        _Active.observer(module, query, key, value)
     raw = [x.repeat_interleave(groups, 1) for x in (key, value)]
     if method is FULL:
         out = F.scaled_dot_product_attention(query, *raw, is_causal=True, scale=scaling)
