@@ -33,8 +33,8 @@ def test_compiles_and_fits(capability: int, head_dim: int) -> None:
     too_large = [record for record in records if int(record["shared"]) > SHARED_MEMORY[capability]]
     assert not too_large
     if (capability, head_dim) == (90, 128):
-        # The search for codes of keys and of values in one program leaves two registers to spill.
-        assert not [record for record in records if int(record["stack"]) > (8 if "store" in str(record["name"]) else 0)]
+        # A look-up declares eight bytes of stack, which nothing uses.
+        assert not [record for record in records if int(record["stack"]) > 8]
 
 
 @pytest.mark.slow

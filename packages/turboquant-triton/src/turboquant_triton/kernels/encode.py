@@ -43,7 +43,7 @@ def search_sums(
     FIELDS: tl.constexpr = code_fields(BITS)
     UNITS: tl.constexpr = POSITIONS // FIELDS
     bounds = load_bounds(boundaries, BITS)
-    table = load_levels(levels, BITS)
+    table = load_levels(levels, boundaries, BITS)
     trial = tl.arange(0, TRIALS)[None, :]
     inner = tl.zeros((ROWS, TRIALS), tl.float32)
     power = tl.zeros((ROWS, TRIALS), tl.float32)
@@ -98,7 +98,7 @@ def encode_part(
     FIELDS: tl.constexpr = code_fields(BITS)
     UNITS: tl.constexpr = POSITIONS // FIELDS
     bounds = load_bounds(boundaries, BITS)
-    table = load_levels(levels, BITS)
+    table = load_levels(levels, boundaries, BITS)
     inner = tl.zeros((ROWS, COLUMNS), tl.float32)
     power = tl.zeros((ROWS, COLUMNS), tl.float32)
     present = (tl.arange(0, COLUMNS) % UNITS < SIZE // FIELDS)[None, :]

@@ -7,26 +7,52 @@ import triton.language as tl
 
 LARGEST_FP16 = tl.constexpr(65504.0)
 INDEX_MASK = tl.constexpr(7)
+# Cells of a quarter: no two boundaries of a 4-bit codebook lie in one. A number below 2**19 plus these, read as an
+# integer, counts quarters of quarters.
+CELLS = tl.constexpr(16)
+CELL = tl.constexpr(0.25)
+QUARTERS = tl.constexpr(3145728.0)
+BEYOND = tl.constexpr(3.5)
+
+
+@triton.jit
+def cell_of(magnitude):
+    """Cell of each magnitude; int32. Cell ``c`` begins at ``cell_start(c)``."""
+    quarters = (tl.minimum(magnitude, BEYOND) / CELL + QUARTERS).to(tl.int32, bitcast=True)
+    return (quarters >> 2) & (CELLS - 1)
+
+
+@triton.jit
+def cell_start(cell):
+    """Where a cell begins: what rounds to its first quarter of a quarter."""
+    return (cell.to(tl.float32) - 0.125) * CELL
+
+
+@triton.jit
+def boundaries_below(first, limit, BITS: tl.constexpr):
+    """How many positive boundaries (the first at ``first``) each ``limit`` exceeds; int32."""
+    count = tl.zeros_like(limit).to(tl.int32)
+    for index in tl.static_range((1 << (BITS - 1)) - 1):
+        count += (tl.load(first + index) < limit).to(tl.int32)
+    return count
 
 
 @triton.jit
 def load_bounds(boundaries, BITS: tl.constexpr):
-    """Positive boundaries (1, 3 or 7 scalars) of a codebook that is symmetric about 0."""
+    """Positive boundaries of a codebook that is symmetric about 0: 1 or 3 scalars, at 4 bits float32 ``[CELLS]``.
+
+    The last is the boundary in each cell, infinity where there is none.
+    """
     first = boundaries + (1 << (BITS - 1))
     if BITS == 2:
         return (tl.load(first),)
     elif BITS == 3:
         return tl.load(first), tl.load(first + 1), tl.load(first + 2)
     else:
-        return (
-            tl.load(first),
-            tl.load(first + 1),
-            tl.load(first + 2),
-            tl.load(first + 3),
-            tl.load(first + 4),
-            tl.load(first + 5),
-            tl.load(first + 6),
-        )
+        cell = tl.arange(0, CELLS)
+        below = boundaries_below(first, cell_start(cell), BITS)
+        inside = boundaries_below(first, cell_start(cell + 1), BITS) > below
+        return tl.load(first + below, mask=inside, other=float("inf"))
 
 
 @triton.jit
@@ -37,8 +63,11 @@ def load_level(levels, index, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_levels(levels, BITS: tl.constexpr):
-    """Positive levels (2, 4 or 8 scalars), as :func:`load_level` gives them."""
+def load_levels(levels, boundaries, BITS: tl.constexpr):
+    """Positive levels as :func:`load_level` gives them: 2 or 4 scalars, at 4 bits float32 ``[2 * CELLS]``.
+
+    The last are the levels below the boundary of each cell, and those above it.
+    """
     if BITS == 2:
         return load_level(levels, 0, BITS), load_level(levels, 1, BITS)
     elif BITS == 3:
@@ -49,16 +78,16 @@ def load_levels(levels, BITS: tl.constexpr):
             load_level(levels, 3, BITS),
         )
     else:
-        return (
-            load_level(levels, 0, BITS),
-            load_level(levels, 1, BITS),
-            load_level(levels, 2, BITS),
-            load_level(levels, 3, BITS),
-            load_level(levels, 4, BITS),
-            load_level(levels, 5, BITS),
-            load_level(levels, 6, BITS),
-            load_level(levels, 7, BITS),
-        )
+        entry = tl.arange(0, 2 * CELLS)
+        below = boundaries_below(boundaries + (1 << (BITS - 1)), cell_start(entry % CELLS), BITS)
+        return load_level(levels, tl.minimum(below + entry // CELLS, INDEX_MASK), BITS)
+
+
+@triton.jit
+def look_up(table, index):
+    """``table[index]`` for a vector of 32 numbers at most: no two of them lie in one bank of shared memory."""
+    flat = tl.gather(table, tl.reshape(index, (index.shape[0] * index.shape[1],)), 0)
+    return tl.reshape(flat, index.shape)
 
 
 @triton.jit
@@ -74,14 +103,10 @@ def nearest(magnitude, bounds, levels, BITS: tl.constexpr):
         low3 = magnitude > tl.where(high3, bounds[2], bounds[0])
         return tl.where(low3, tl.where(high3, levels[3], levels[1]), tl.where(high3, levels[2], levels[0]))
     else:
-        high = magnitude > bounds[3]
-        middle = magnitude > tl.where(high, bounds[5], bounds[1])
-        above = tl.where(high, bounds[6], bounds[2])
-        below = tl.where(high, bounds[4], bounds[0])
-        low = magnitude > tl.where(middle, above, below)
-        odd = tl.where(middle, tl.where(high, levels[7], levels[3]), tl.where(high, levels[5], levels[1]))
-        even = tl.where(middle, tl.where(high, levels[6], levels[2]), tl.where(high, levels[4], levels[0]))
-        return tl.where(low, odd, even)
+        # Two look-ups take fewer instructions than a tree of seven comparisons.
+        cell = cell_of(magnitude)
+        above = magnitude > look_up(bounds, cell)
+        return look_up(levels, cell + tl.where(above, CELLS, 0))
 
 
 @triton.jit
