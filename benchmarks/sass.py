@@ -24,11 +24,11 @@ from report import table
 TESTS = Path(__file__).parents[1] / "packages/turboquant-triton/tests"
 sys.path.insert(0, str(TESTS))
 
-from compile_attend import attention, signature  # noqa: E402
+from compile_attend import attention, signature, single_warps  # noqa: E402
 from compile_kernels import compiled_for, resources  # noqa: E402
 
 from turboquant_triton.kernels.attend_permute import attend_permute_kernel  # noqa: E402
-from turboquant_triton.tuning import AttendConfig, attend_config  # noqa: E402
+from turboquant_triton.tuning import AttendConfig, attend_config, warp_config  # noqa: E402
 
 CLASSES = ((4, 4), (3, 3), (2, 2), (4, 2), (4, 16))
 HEAD_DIMS = (64, 128, 256)
@@ -63,6 +63,8 @@ class Variant:
 def compile_variant(variant: Variant, capability: int) -> Any:
     """The compiled kernel."""
     config = variant.config
+    if config.single_warps:
+        return compile_single_warps(variant, capability)
     constants = {
         **attention(variant.key_bits, variant.value_bits, variant.head_dim, config),
         "N": variant.n,
@@ -77,6 +79,16 @@ def compile_variant(variant: Variant, capability: int) -> Any:
         options["maxnreg"] = config.max_registers
     types = signature(attend_permute_kernel, constants)
     return compiled_for(attend_permute_kernel, types, constants, capability, **options)
+
+
+def compile_single_warps(variant: Variant, capability: int) -> Any:
+    """The compiled kernel of single warps."""
+    wanted = {"N": variant.n, "GROUP": variant.n, "BLOCK": variant.config.block, "PAGE_SIZE": variant.page_size}
+    bits = (variant.key_bits, variant.value_bits)
+    _, kernel, constants, _, options = single_warps(variant.head_dim, *bits, capability >= 90, **wanted)
+    if variant.config.max_registers is not None:
+        options["maxnreg"] = variant.config.max_registers
+    return compiled_for(kernel, signature(kernel, constants), constants, capability, **options)
 
 
 def instructions(cubin: bytes) -> list[tuple[int, str, str]]:
@@ -145,7 +157,11 @@ def variants(arguments: argparse.Namespace) -> list[Variant]:
     for head_dim in arguments.head_dims:
         for key_bits, value_bits in arguments.bits or CLASSES:
             for n in arguments.query_rows:
-                config = attend_config(key_bits, value_bits, head_dim, n)
+                config = (
+                    warp_config(head_dim, n)
+                    if arguments.single_warps
+                    else attend_config(key_bits, value_bits, head_dim, n)
+                )
                 given = {name: value for name, value in vars(arguments).items() if name in CONFIG and value is not None}
                 config = replace(config, **given)
                 chosen.append(Variant(key_bits, value_bits, head_dim, n, arguments.page_size, config))
@@ -167,6 +183,7 @@ def main() -> None:
     parser.add_argument("--bits", type=pair, nargs="+", help="pairs: 4/4, 3/16 (raw values), 302/403 (2.5, 3.5 bits)")
     parser.add_argument("--query-rows", type=int, nargs="+", default=[8], help="query vectors of a program: 8, 16, 32")
     parser.add_argument("--page-size", type=int, default=128)
+    parser.add_argument("--single-warps", action="store_true", help="the kernel of single warps, codes of one width")
     for name in CONFIG:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="in place of the tuned value")
     arguments = parser.parse_args()

@@ -7,7 +7,7 @@ not timed. The winners belong into ``turboquant_triton.tuning`` and ``turboquant
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any
 from unittest import mock
 
@@ -29,6 +29,12 @@ def attend_configs() -> Iterator[AttendConfig]:
         for max_registers, resident in WARPS_PER_MULTIPROCESSOR.items():
             for warps in resident:
                 yield AttendConfig(block, num_warps, num_stages, max(warps // num_warps, 1), max_registers)
+
+
+def warp_configs() -> Iterator[AttendConfig]:
+    """The same of the kernel of single warps, which has no pipeline depth."""
+    for block, (programs, registers) in product((32, 64), ((20, 96), (16, 128), (14, 144), (12, 168), (8, 255))):
+        yield AttendConfig(block, 1, 1, programs, registers, single_warps=True)
 
 
 def rows_configs() -> Iterator[RowsConfig]:
@@ -59,10 +65,14 @@ def sweep(step: Callable[[], Tensor], configs: Iterator[Any], patched: Callable[
     return sorted(rows, key=lambda row: row["result"] if isinstance(row["result"], float) else float("inf"))
 
 
-def sweep_attend(step: Callable[[], Tensor]) -> list[dict[str, Any]]:
-    """Over the parameters of the byte-permute form; ``step`` allocates its workspace, whose size depends on them."""
+def sweep_attend(step: Callable[[], Tensor], single_warps: bool) -> list[dict[str, Any]]:
+    """Over the parameters of the byte-permute form, and of ``single_warps`` where these support the layout.
+
+    ``step`` allocates its workspace, whose size depends on them.
+    """
     name = "turboquant_triton.attend.attend_config"
-    return sweep(step, attend_configs(), lambda config: mock.patch(name, return_value=config))
+    configs = chain(attend_configs(), warp_configs() if single_warps else ())
+    return sweep(step, configs, lambda config: mock.patch(name, return_value=config))
 
 
 def sweep_store(step: Callable[[], Tensor]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def single_warps(
     dim: int, key_bits: int, value_bits: int, newest: bool, **other: Any
 ) -> tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]:
     """The kernel of single warps, with ``other`` compile-time arguments than those of a plain decode step."""
-    config = warp_config(key_bits, value_bits, dim, other.get("N", 8))
+    config = warp_config(dim, other.get("N", 8))
     constants = {
         "D": dim, "VALUE_DIM": dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "PAGE_SIZE": 128, **GROUPED, **SEEN,
         "CHUNK_BYTES": 128 * (dim * (key_bits + value_bits) // 8 + 4), "N": 8, "BLOCK": config.block,

@@ -21,13 +21,10 @@ from .kernels.attend_portable import attend_portable_kernel
 from .kernels.attend_prepare import attend_prepare_kernel
 from .kernels.unpack_asm import cubic_levels, int8_levels
 from .launch import bits_code, padded
-from .support import single_warps_supported
-from .tuning import PORTABLE, AttendConfig, attend_config, warp_config
+from .tuning import PORTABLE, AttendConfig, attend_config
 from .workspace import AttendShape, Workspace, carve, workspace_bytes
 
 _RAW_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-# Off until its results on a GPU are known.
-SINGLE_WARPS = False
 _WEIGHT_SHIFT = 2.0**15
 _MERGE_TILE = 128 * 128
 
@@ -51,14 +48,11 @@ def value_bits(layout: PageLayout) -> int:
     return 8 * layout.value.itemsize if isinstance(layout.value, RawLayout) else bits_code(layout.value)
 
 
-def config_for(layout: PageLayout, n: int, permute: bool, device: torch.device) -> AttendConfig:
+def config_for(layout: PageLayout, n: int, permute: bool) -> AttendConfig:
     """Launch parameters for a layout and ``n`` query vectors a program, and with them the kernel."""
     if not permute:
         return PORTABLE
-    # The interpreter does not know the language of single warps.
-    single_warps = SINGLE_WARPS and device.type == "cuda" and single_warps_supported(layout, n)
-    choose = warp_config if single_warps else attend_config
-    return choose(bits_code(layout.key), value_bits(layout), max(layout.key.head_dim, layout.value.head_dim), n)
+    return attend_config(bits_code(layout.key), value_bits(layout), max(layout.key.head_dim, layout.value.head_dim), n)
 
 
 def attend(
@@ -97,7 +91,7 @@ def attend(
     check_center(codec, options.softcap, sinks)
     layout = codec.layout
     shape = AttendShape.of(layout, query, seq_lens, query_start_loc is not None, permute)
-    config = config_for(layout, shape.n, permute, query.device)
+    config = config_for(layout, shape.n, permute)
     out = query.new_empty((*query.shape[:2], layout.value.head_dim)) if out is None else out
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     if query.shape[0] == 0:
@@ -121,7 +115,7 @@ def attend_workspace_bytes(request: KernelRequest, tokens: int, batch: int, perm
 
 
 def _shape_bytes(shape: AttendShape, request: KernelRequest, permute: bool) -> int:
-    config = config_for(request.layout, shape.n, permute, request.device)
+    config = config_for(request.layout, shape.n, permute)
     programs = config.programs_per_sm * multiprocessors(request.device)
     return workspace_bytes(shape, programs, request.layout, permute)
 

@@ -74,24 +74,27 @@ def load_scales(
     page,
     page_stride,
     tile,
-    token,
-    KEY_OFFSET: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
 ):
-    """fp16 scales of keys and of values of a tile; raw values have none, and get those of the keys."""
-    key = tl.load(
-        token_pointers(chunk_base, page, page_stride, tile, token, KEY_OFFSET, 2, tl.float16, PAGE_SIZE, BLOCK)
-    )
-    if VALUE_BITS == 16:
-        return key, key
-    else:
-        value = token_pointers(
-            chunk_base, page, page_stride, tile, token, VALUE_OFFSET, 2, tl.float16, PAGE_SIZE, BLOCK
+    """fp16 scales of the tokens of a tile; ``page`` as :func:`tile_page` gives it for every second token.
+
+    Loaded by pairs: single ones are too narrow for asynchronous copies, and an ordinary load in the loop makes
+    instructions wait that merely share its scoreboard.
+    """
+    pair = tl.arange(0, BLOCK // 2)
+    if PAGE_SIZE % BLOCK == 0:
+        rows = token_pointers(
+            chunk_base, page, page_stride, tile, pair, OFFSET, 4, tl.int32, PAGE_SIZE // 2, BLOCK // 2
         )
-        return key, tl.load(value)
+    else:
+        slot = (tile * BLOCK + 2 * pair) % PAGE_SIZE
+        rows = (chunk_base + page.to(tl.int64) * page_stride + OFFSET + slot * 2).to(tl.pointer_type(tl.int32))
+    both = tl.load(rows)
+    even = both.to(tl.int16).to(tl.float16, bitcast=True)
+    odd = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(even, odd), (BLOCK,))
 
 
 @triton.jit
@@ -144,6 +147,7 @@ def attend_permute_kernel(
     tile = program * share
     stop = tl.minimum(tile + share, total)
     token = tl.arange(0, BLOCK)
+    pair = tl.arange(0, BLOCK // 2)
     n = tl.arange(0, N)
     while tile < stop:
         piece = load_piece(plan, rows, tile, stop, KV_HEADS * CHUNKS, ROWS_BLOCK)
@@ -162,35 +166,11 @@ def attend_permute_kernel(
         for base in range(first, last, TABLE):
             stop_here = tl.minimum(base + TABLE, last)
             pages_here = load_pages(table, base, stop_here, PAGE_SIZE, BLOCK, TABLE)
-            key_scale, value_scale = load_scales(
-                chunk_base,
-                tile_page(pages_here, table, base, base, token, end, PAGE_SIZE, BLOCK, TABLE),
-                page_stride,
-                base,
-                token,
-                KEY_SCALE_OFFSET,
-                VALUE_SCALE_OFFSET,
-                PAGE_SIZE,
-                BLOCK,
-                VALUE_BITS,
-            )
             for i in range(base, stop_here):
                 here = i * BLOCK + token
                 page = tile_page(pages_here, table, base, i, token, end, PAGE_SIZE, BLOCK, TABLE)
-                # Scales are too narrow for asynchronous copies: load them one tile ahead.
-                ahead = tl.minimum(i + 1, stop_here - 1)
-                next_key_scale, next_value_scale = load_scales(
-                    chunk_base,
-                    tile_page(pages_here, table, base, ahead, token, end, PAGE_SIZE, BLOCK, TABLE),
-                    page_stride,
-                    ahead,
-                    token,
-                    KEY_SCALE_OFFSET,
-                    VALUE_SCALE_OFFSET,
-                    PAGE_SIZE,
-                    BLOCK,
-                    VALUE_BITS,
-                )
+                pair_page = tile_page(pages_here, table, base, i, 2 * pair, end, PAGE_SIZE, BLOCK, TABLE)
+                key_scale = load_scales(chunk_base, pair_page, page_stride, i, KEY_SCALE_OFFSET, PAGE_SIZE, BLOCK)
                 key_rows = token_pointers(
                     chunk_base, page, page_stride, i, token, 0, KEY_ROW, tl.int8, PAGE_SIZE, BLOCK
                 )
@@ -215,6 +195,9 @@ def attend_permute_kernel(
                 if VALUE_BITS == 16:
                     lift = score
                 else:
+                    value_scale = load_scales(
+                        chunk_base, pair_page, page_stride, i, VALUE_SCALE_OFFSET, PAGE_SIZE, BLOCK
+                    )
                     seen_scale = tl.where(here < end, value_scale.to(tl.float32), 0.0)
                     lift = score + log2_approx(tl.maximum(seen_scale, SMALLEST_SCALE))[:, None]
                 maximum_now = tl.maximum(maximum, tl.max(lift, 0))
@@ -230,7 +213,6 @@ def attend_permute_kernel(
                 else:
                     shifted = (weight * (seen_scale * WEIGHT_SHIFT)[:, None]).to(tl.float16)
                 output = add_values(output, value_rows, here < end, shifted, decay[None, :], VALUE_BITS, VALUE_DIM)
-                key_scale, value_scale = next_key_scale, next_value_scale
         slot_out = (item + program).to(tl.int64)
         store_output(partial + slot_out * N * VALUE_DIM, output, VALUE_BITS, N, VALUE_DIM)
         tl.store(stats + slot_out * 2 * N + n, maximum)
