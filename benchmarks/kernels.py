@@ -4,15 +4,17 @@ One decode step (prepare, attend, merge) over packed pages at 4, 3 and 2 bits, a
 bytes takes at the measured bandwidth. Beside it whatever is installed: FlashAttention-3 from a vLLM build, else
 FlashAttention-2; torch's SDPA; vLLM's own TurboQuant kernels; fused-turboquant. An absent one is named with the reason.
 Then storing keys and values (a decode append and a prefill), encode and decode. Medians of CUDA-graph replays,
-second-level cache flushed before each. ``--sweep`` tries launch parameters instead.
+second-level cache flushed before each. What is known is written after each row, so that a run that is cut keeps it;
+rivals other than FlashAttention-3 come last. ``--sweep`` tries launch parameters instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ SDPA_LARGEST_TOKENS = 1 << 18
 # It writes scores and decoded values in single precision to memory.
 FUSED_LARGEST_TOKENS = 1 << 17
 SWEPT = ("4/128/4", "3/128/4", "2/128/4", "3/256/4", "4/64/4", "3/64/4", "2/64/4", "4/128/16", "store/4/128")
+# 16-bit attention, timed beside ours; the packed rivals take tens of times longer and come last.
+REFERENCES = ("fa3", "fa2", "sdpa")
 APPEND_TOKENS = 32
 PREFILL_TOKENS = 1 << 17
 
@@ -109,8 +113,10 @@ def packed_step(
     )
 
 
-def contenders(shape: Shape, library: Path | None) -> dict[str, Callable[[Tensor, Tensor, Tensor], Step]]:
-    """What makes each rival ready for queries, keys and values; those too large for the shape left out."""
+def contenders(
+    shape: Shape, library: Path | None, chosen: Collection[str] | None = None
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], Step]]:
+    """What makes each rival (of those ``chosen``) ready for queries, keys and values; too large ones left out."""
     tokens = shape.batch * shape.tokens
     made: dict[str, Callable[[Tensor, Tensor, Tensor], Step]] = {
         "fa3": lambda q, k, v: flash_attention_3_step(flash_attention_3(library), q, k, v),
@@ -123,16 +129,18 @@ def contenders(shape: Shape, library: Path | None) -> dict[str, Callable[[Tensor
     if tokens <= FUSED_LARGEST_TOKENS:
         for bits in BITS:
             made[f"fused_turboquant_{bits}"] = lambda q, k, v, bits=bits: fused_turboquant_step(bits, q, k, v)
-    return made
+    return {name: prepare for name, prepare in made.items() if chosen is None or name in chosen}
 
 
-def rival_times(shape: Shape, library: Path | None, absent: dict[str, str]) -> dict[str, float]:
-    """Microseconds of each rival that is here; why the others are not goes into ``absent``."""
+def rival_times(
+    shape: Shape, library: Path | None, absent: dict[str, str], chosen: Collection[str]
+) -> dict[str, float]:
+    """Microseconds of each rival of those ``chosen`` that is here; why the others are not goes into ``absent``."""
     q = torch.randn(shape.batch, KV_HEADS * shape.group, shape.head_dim, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(shape.batch, shape.tokens, KV_HEADS, shape.head_dim, device="cuda", dtype=torch.bfloat16)
     v = torch.randn_like(k)
     times: dict[str, float] = {}
-    for name, prepare in contenders(shape, library).items():
+    for name, prepare in contenders(shape, library, chosen).items():
         if name == "fa2" and "fa3" in times:
             absent.setdefault(name, "not timed: FlashAttention-3 is here")
             continue
@@ -152,8 +160,8 @@ def attention(
     library: Path | None,
     absent: dict[str, str],
 ) -> dict[str, Any]:
-    """Microseconds of every contender for one shape."""
-    row: dict[str, Any] = {"shape": str(shape), **rival_times(shape, library, absent)}
+    """Microseconds of ours and of 16-bit attention for one shape."""
+    row: dict[str, Any] = {"shape": str(shape), **rival_times(shape, library, absent, REFERENCES)}
     for bits in BITS:
         layout = page_layout(shape, bits, page_size)
         row[f"limit_{bits}"] = shape.batch * shape.tokens * KV_HEADS * layout.token_bytes / bandwidth * 1e6
@@ -204,12 +212,16 @@ def sweep_class(provider: KernelProvider, name: str, page_size: int) -> list[dic
     """Launch parameters of ``bits/head_dim/group``, or of ``store/bits/head_dim``, over a prefill."""
     from sweep import sweep_attend, sweep_store
 
+    from turboquant_triton.support import single_warps_supported
+
     if name.startswith("store/"):
         bits, head_dim = (int(part) for part in name.split("/")[1:])
         layout = page_layout(Shape(1, PREFILL_TOKENS, head_dim=head_dim), bits, page_size)
         return sweep_store(store_step(provider, PREFILL_TOKENS, layout)[0])
     bits, head_dim, group = (int(part) for part in name.split("/"))
-    return sweep_attend(packed_step(provider, Shape(8, 32768, group, head_dim), bits, page_size, allocate=True))
+    shape = Shape(8, 32768, group, head_dim)
+    single_warps = single_warps_supported(page_layout(shape, bits, page_size), max(8, group))
+    return sweep_attend(packed_step(provider, shape, bits, page_size, allocate=True), single_warps)
 
 
 def sweep_all(provider: KernelProvider, arguments: argparse.Namespace) -> None:
@@ -277,30 +289,47 @@ def parsed() -> argparse.Namespace:
     return arguments
 
 
+def vector_operations(
+    provider: KernelProvider, page_size: int, bandwidth: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of storing, encoding and decoding."""
+    for tokens, head_dim, bits in product((APPEND_TOKENS, PREFILL_TOKENS), HEAD_DIMS, BITS):
+        yield "store", store(provider, tokens, head_dim, bits, page_size, bandwidth)
+    for head_dim, bits in product(HEAD_DIMS, BITS):
+        yield "vectors", vectors(provider, head_dim, bits, bandwidth)
+
+
 def measure(provider: KernelProvider, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every table, printed as it is known."""
+    """Every table, written to the file row by row."""
     bandwidth = read_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth / 1e12:.2f} TB/s, microseconds")
+    print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth / 1e12:.2f} TB/s, microseconds", flush=True)
     absent: dict[str, str] = {}
-    results: dict[str, Any] = {"bandwidth": bandwidth, "absent": absent}
+    results: dict[str, Any] = {"bandwidth": bandwidth, "absent": absent, "store": [], "vectors": []}
+    first = arguments.page_sizes[0]
     for page_size in arguments.page_sizes:
-        shapes = SHAPES if page_size == arguments.page_sizes[0] else SHAPES[:6]
-        results[f"attention_page_{page_size}"] = rows = [
-            attention(provider, shape, page_size, bandwidth, arguments.fa3, absent) for shape in shapes
-        ]
-        print(f"\npages of {page_size} tokens\n\n{attention_table(rows)}", flush=True)
-    for name, reason in absent.items():
-        print(f"absent: {name}: {reason}")
-    results["store"] = [
-        store(provider, tokens, head_dim, bits, arguments.page_sizes[0], bandwidth)
-        for tokens in (APPEND_TOKENS, PREFILL_TOKENS)
-        for head_dim in HEAD_DIMS
-        for bits in BITS
-    ]
-    results["vectors"] = [vectors(provider, head_dim, bits, bandwidth) for head_dim in HEAD_DIMS for bits in BITS]
-    for rows in (results["store"], results["vectors"]):
-        print("\n" + table(list(rows[0]), [list(row.values()) for row in rows]), flush=True)
+        results[f"attention_page_{page_size}"] = rows = []
+        for shape in SHAPES if page_size == first else SHAPES[:6]:
+            rows.append(attention(provider, shape, page_size, bandwidth, arguments.fa3, absent))
+            write_json(arguments.json, results)
+    for name, row in vector_operations(provider, first, bandwidth):
+        results[name].append(row)
+        write_json(arguments.json, results)
+    packed = [name for name in contenders(SHAPES[0], None) if name not in REFERENCES]
+    for row, shape in zip(results[f"attention_page_{first}"], SHAPES, strict=True):
+        row.update(rival_times(shape, arguments.fa3, absent, packed))
+        write_json(arguments.json, results)
     return results
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the tables."""
+    for name, rows in results.items():
+        if name.startswith("attention"):
+            print(f"\n{name.replace('attention_page_', 'pages of ')} tokens\n\n{attention_table(rows)}")
+        elif name in ("store", "vectors"):
+            print("\n" + table(list(rows[0]), [list(row.values()) for row in rows]))
+    for name, reason in results["absent"].items():
+        print(f"absent: {name}: {reason}")
 
 
 def main() -> None:
@@ -315,7 +344,7 @@ def main() -> None:
         sweep_all(provider, arguments)
         return
     results = measure(provider, arguments)
-    write_json(arguments.json, results)
+    show(results)
     if "fa3" in results[f"attention_page_{arguments.page_sizes[0]}"][0]:
         replot(arguments)
 
