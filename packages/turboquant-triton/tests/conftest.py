@@ -24,11 +24,15 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The interpreter computes with NumPy, which warns of infinities and NaN where a GPU goes on.
+    """Warnings that are not ours are no errors.
 
-    What the packages of a GPU host warn of is not ours: there, no warning is an error.
+    The interpreter computes with NumPy, which warns of infinities and NaN where a GPU goes on. torch 2.10 and 2.11 warn
+    when ``torch._dynamo`` is imported. Of the other packages of a GPU host nothing is known.
     """
-    filters = "default" if torch.cuda.is_available() else "ignore::RuntimeWarning"
+    filters = ["ignore::RuntimeWarning", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"]
+    if torch.cuda.is_available():
+        filters = ["default"]
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.filterwarnings(filters))
+            for one in filters:
+                item.add_marker(pytest.mark.filterwarnings(one))
