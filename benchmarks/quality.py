@@ -31,6 +31,7 @@ from scoring import FULL, NAME, Method, Sums, prepare, score, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from turboquant_core.preset import Preset, load_preset
 from turboquant_hf import patch_model, unpatch_model
 
 HERE = Path(__file__).resolve().parent
@@ -102,7 +103,14 @@ def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
         sums = score(model, rest[:COST_WINDOWS], methods, arguments.batch)
         return [sums[method.name].kl / sums[method.name].tokens for method in methods]
 
-    codecs = Codecs(config.num_hidden_layers, head_dim, arguments.seed, calibration, divergence)
+    codecs = Codecs(
+        config.num_hidden_layers,
+        head_dim,
+        arguments.seed,
+        calibration,
+        divergence,
+        chosen_preset(arguments.preset, config),
+    )
     scored = tokenizer.decode(torch.cat(rows))
     settings = {
         "model": arguments.model.resolve().name,
@@ -118,6 +126,15 @@ def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
         "rivals": {name: version(name) for name in ("hqq", "optimum-quanto")},
     }
     return Setup(model, rows, len(scored.encode()) / sum(len(row) for row in rows), codecs), settings
+
+
+def chosen_preset(path: Path | None, config: Any) -> Preset | None:
+    """The preset in a file, for this model."""
+    if path is None:
+        return None
+    preset = load_preset(path)
+    preset.check(config)
+    return preset
 
 
 def digest(path: Path) -> str | None:
@@ -205,7 +222,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=10**6, help="how many contexts to score")
     parser.add_argument("--side-windows", type=int, default=4, help="the same for all sweeps but 'methods'")
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=[s for s in SWEEPS if s != "preset"])
+    parser.add_argument("--preset", type=Path, help="for the sweep 'preset'")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=2, help="windows at once")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from turboquant_core import Codec, ReferenceProvider, VectorLayout
 from turboquant_core.codec import KEY_STREAM, VALUE_STREAM
 from turboquant_core.layout import SCALE_BYTES
 from turboquant_core.outliers import OUTLIER_FRACTION, TurboQuantOutliers, outlier_channels
+from turboquant_core.preset import Preset
 from turboquant_core.scale import CACHE_RULE, ScaleRule
 from turboquant_core.shaping import shaped
 from turboquant_core.trellis import TurboQuantTrellis
@@ -139,6 +140,7 @@ class Codecs:
         seed: of the rotation.
         calibration: of the model.
         divergence: KL divergence of methods on a text that is not scored.
+        preset: of ``turboquant doctor``, to be scored.
     """
 
     layers: int
@@ -146,13 +148,14 @@ class Codecs:
     seed: int
     calibration: Calibration
     divergence: Callable[[list[Method]], list[float]] | None = None
+    preset: Preset | None = None
 
     def key(
         self,
         bits: float,
         rule: ScaleRule = CACHE_RULE,
         *,
-        center: list[Tensor] | None = None,
+        center: Sequence[Tensor | None] | None = None,
         shape: bool = False,
         seed_of: Callable[[int], int] | None = None,
     ) -> Packed:
@@ -179,7 +182,7 @@ class Codecs:
         layout: VectorLayout,
         rule: ScaleRule,
         stream: int,
-        center: list[Tensor] | None,
+        center: Sequence[Tensor | None] | None,
         weights: list[Tensor] | None,
         seed_of: Callable[[int], int] | None,
     ) -> Packed:
@@ -208,6 +211,16 @@ class Codecs:
         for side, make in enumerate((self.key, self.value)):
             sides.append(ByLayer([make(bits[i, side]) if (i, side) in bits else RAW for i in range(self.layers)]))
         return Method(name, *sides)
+
+    def of_preset(self, name: str, preset: Preset, family: str | None = None) -> Method:
+        """What a cache does that follows a preset."""
+        bits = [preset.layer_bits(i) for i in range(self.layers)]
+        centers = [preset.centers.get(i) for i in range(self.layers)]
+        keys, values = (
+            ByLayer([self.key(k, center=centers) for k, _ in bits]),
+            ByLayer([self.value(v) for _, v in bits]),
+        )
+        return Method(name, keys, values, family, preset.windows.sink_tokens, preset.windows.recent_tokens)
 
     def trellis(self, name: str, bits: int, family: str | None = None, *, centre: bool = False) -> Method:
         """Keys and values as trellis-coded sequences."""

@@ -212,6 +212,17 @@ def allocation(codecs: Codecs) -> list[Method]:
     return found
 
 
+def preset(codecs: Codecs) -> list[Method]:
+    """What the doctor recommends, and its bits and windows in all layers alike without centred keys."""
+    if codecs.preset is None:
+        raise SystemExit("the sweep preset needs --preset, a file of turboquant doctor")
+    found, windows = codecs.preset, codecs.preset.windows
+    sizes = {"sinks": windows.sink_tokens, "recent": windows.recent_tokens}
+    (keys, values), size = found.bits, f"windows {windows.sink_tokens} + {windows.recent_tokens}"
+    plain = Method(f"keys {keys:g}, values {values:g}, {size}", codecs.key(keys), codecs.value(values), **sizes)
+    return [codecs.of_preset("recommended", found), plain]
+
+
 SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
     "methods": methods,
     "trellis": trellis,
@@ -226,4 +237,5 @@ SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
     "fractional": fractional,
     "defaults": defaults,
     "allocation": allocation,
+    "preset": preset,
 }

@@ -35,6 +35,7 @@ TINY = HERE.parent / "examples" / "models" / "tiny"
 FULL = "full precision"
 VARIANTS = ("defaults", "packed alone", "windows", "shaped")
 Z95 = 1.959964
+COLUMNS = ("cache", "tokens", "right", "95 % interval", "lost", "won")
 
 MakeCache = Callable[[Any], Any]
 
@@ -169,18 +170,18 @@ def main() -> None:
         results["caches"][name] = {str(n): figures(right, full[n]) for n, right in found.items()}
         write_json(target, results, arguments.device)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    show(results["caches"])
+    print(table(COLUMNS, shares(results["caches"])))
 
 
-def show(caches: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Print a table."""
-    shares = []
+def shares(caches: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:
+    """Rows of :data:`COLUMNS`."""
+    rows = []
     for name, by_length in caches.items():
         for length, found in by_length.items():
             low, high = found["interval"]
             share = f"{found['right']} / {found['prompts']}"
-            shares.append([name, length, share, f"{low:.3f} to {high:.3f}", found["lost"], found["won"]])
-    print(table(["cache", "tokens", "right", "95 % interval", "lost", "won"], shares))
+            rows.append([name, length, share, f"{low:.3f} to {high:.3f}", found["lost"], found["won"]])
+    return rows
 
 
 if __name__ == "__main__":
