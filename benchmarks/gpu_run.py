@@ -1,22 +1,25 @@
-"""What needs a GPU, step after step on one host, within a time: correctness, kernels, Transformers, vLLM.
+"""What needs a GPU, step after step on one host, within a time: correctness, kernels, sweeps, Transformers, vLLM.
 
     python benchmarks/gpu_run.py --minutes 9 --out results_here
-    python benchmarks/gpu_run.py --minutes 9 --out results_here --steps preflight tests kernels
+    python benchmarks/gpu_run.py --minutes 9 --out results_here --steps quick kernels --fa3 fa3.so
 
 Each step is a process of its own with a limit of its own; its output is in ``OUT/STEP.txt`` as it comes, its figures in
-``OUT/STEP*.json``. With two GPUs, steps whose times count run on the first and the others beside them on the last; with
-one GPU all run one after the other, in the order of the table. A step that fails or runs out of time does not stop the
-others, but is named, and the exit status says so.
+``OUT/STEP*.json``, the tracebacks of failed tests in ``OUT/STEP.failures`` as they happen. With two GPUs, steps whose
+times count run on the first and the others beside them on the last; with one GPU all run one after the other, in the
+order of the command line. A step that fails or runs out of time does not stop the others, but is named, and the exit
+status says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from report import table
 
 ROOT = Path(__file__).parents[1]
 TAIL = 1500
+# Seconds in which a step that is told to end may write what it knows.
+LAST_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Step:
     """One command.
 
     Attributes:
-        arguments: of the interpreter; ``{out}`` is the folder of the results.
+        arguments: of the interpreter; ``{out}`` is the folder of the results, ``{step}`` the name, ``{workers}`` how
+            many processes may run beside one another.
         seconds: its limit.
         timed: whether its figures are times, so that it has the first GPU alone.
     """
@@ -41,27 +47,42 @@ class Step:
     timed: bool
 
 
-# Few test processes: those beside them are timed by a host that must not wait for a core.
-PYTEST = (
-    "-m",
-    "pytest",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:benchmark",
-    "-n",
-    "6",
-    "--tb=short",
-    "-rfE",
-    "--maxfail=20",
-)
+PACKAGE = "packages/turboquant-triton/tests"
+
+
+def tests(seconds: float, *arguments: str) -> Step:
+    """Tests in few processes: those beside them are timed by a host that must not wait for a core."""
+    options = ("-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "failures_at_once", "-n", "{workers}")
+    report = ("--tb=short", "-rfE", "--maxfail=40", "--junitxml={out}/{step}.xml")
+    return Step(("-m", "pytest", "-q", *options, *report, *arguments), seconds, False)
+
+
+def sweep(seconds: float, *classes: str) -> Step:
+    """Launch parameters of ``classes``, compiled by as many processes as there are workers."""
+    command = ("benchmarks/kernels.py", "--page-sizes", "128", "--json", "{out}/{step}.json")
+    return Step((*command, "--processes", "{workers}", "--sweep", *classes), seconds, True)
+
+
 STEPS = {
+    "quick": tests(
+        150,
+        *(f"{PACKAGE}/test_{name}.py" for name in ("quantize", "encode", "conformance")),
+        "-k",
+        "test_quantize or scale_rule or few_values or (TestPermuteHalf and (attend or store or encode))",
+    ),
+    "kernels": Step(("benchmarks/kernels.py", "--page-sizes", "128", "--json", "{out}/kernels.json"), 300, True),
+    "sweep-128": sweep(240, "4/128/4", "3/128/4", "2/128/4"),
+    "sweep-store": sweep(90, "store/4/128", "store/3/128"),
+    "sweep-other": sweep(240, "4/64/4", "3/256/4", "4/128/16", "3/64/4", "2/64/4"),
     "preflight": Step(("benchmarks/serving_preflight.py", "--out", "{out}"), 280, False),
-    "kernels": Step(("benchmarks/kernels.py", "--page-sizes", "128", "--json", "{out}/kernels.json"), 400, True),
     "decode": Step(("benchmarks/transformers_decode.py", "--json", "{out}/transformers_decode.json"), 500, True),
     "serving": Step(("benchmarks/serving.py", "--out", "{out}/serving.json"), 580, True),
     "soak": Step(("benchmarks/serving.py", "--soak", "10", "--out", "{out}/serving_soak.json"), 700, False),
-    "tests": Step((*PYTEST, "packages/turboquant-triton/tests", "-m", "not slow"), 560, False),
+    "operators": tests(200, *(f"{PACKAGE}/test_{name}.py" for name in ("operators", "attend", "exact", "launch"))),
+    "tests": tests(
+        560, PACKAGE, "-m", "not slow", *(f"--ignore={PACKAGE}/test_{name}.py" for name in ("conformance", "compile"))
+    ),
+    "conformance": tests(560, f"{PACKAGE}/test_conformance.py"),
 }
 
 
@@ -74,40 +95,83 @@ class Outcome:
     seconds: float
 
 
-def run_step(name: str, step: Step, out: Path, gpu: int, end: float) -> Outcome:
-    """Run one step on ``gpu`` until its limit or ``end`` (a time of :func:`time.monotonic`)."""
+@dataclass(frozen=True)
+class Run:
+    """What holds for all steps: folder of the results, processes beside one another, FlashAttention-3, the end.
+
+    ``end`` is a time of :func:`time.monotonic`.
+    """
+
+    out: Path
+    workers: int
+    fa3: Path | None
+    end: float
+
+    def command(self, name: str) -> list[str]:
+        """Command line of a step."""
+        words = [argument.format(out=self.out, step=name, workers=self.workers) for argument in STEPS[name].arguments]
+        given = ["--fa3", str(self.fa3)] if name == "kernels" and self.fa3 is not None else []
+        return [sys.executable, *words, *given]
+
+    def environment(self, name: str, gpu: int) -> dict[str, str]:
+        """Variables of a step's process."""
+        path = os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own = {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONPATH": path, "FAILURES": str(self.out / f"{name}.failures")}
+        return {**os.environ, **own, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the step to end, so that it may still write what it knows, then end it with all its children."""
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(LAST_WORDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_step(name: str, run: Run, gpu: int) -> Outcome:
+    """Run one step on ``gpu`` until its limit or the end of the run."""
     started = time.monotonic()
-    limit = min(step.seconds, end - started)
+    limit = min(STEPS[name].seconds, run.end - started)
     if limit <= 0:
         return Outcome(name, None, 0.0)
-    command = [sys.executable, *(argument.format(out=out) for argument in step.arguments)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    with (out / f"{name}.txt").open("w") as sink:
+    with (run.out / f"{name}.txt").open("w") as sink:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            run.command(name),
+            cwd=ROOT,
+            env=run.environment(name, gpu),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
-            code = process.wait(limit)
+            code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
-            # Engines and test workers are children of the step.
-            os.killpg(process.pid, 9)
-            process.wait()
+            stop(process)
             code = None
     return Outcome(name, code, time.monotonic() - started)
 
 
-def run_lane(names: list[str], out: Path, gpu: int, end: float) -> list[Outcome]:
-    return [run_step(name, STEPS[name], out, gpu, end) for name in names]
+def run_lane(names: list[str], run: Run, gpu: int) -> list[Outcome]:
+    outcomes = []
+    for name in names:
+        outcomes.append(run_step(name, run, gpu))
+        print(f"{name}: {ended(outcomes[-1])}, {outcomes[-1].seconds:.0f} s", flush=True)
+    return outcomes
 
 
-def run_all(names: list[str], out: Path, gpus: int, seconds: float) -> list[Outcome]:
+def run_all(names: list[str], run: Run, gpus: int) -> list[Outcome]:
     """All steps, in two lanes where there are two GPUs."""
-    end = time.monotonic() + seconds
     timed = [name for name in names if STEPS[name].timed]
     lanes = [names] if gpus < 2 else [timed, [name for name in names if name not in timed]]
     with ThreadPoolExecutor(len(lanes)) as pool:
-        running = [pool.submit(run_lane, lane, out, gpu * (gpus - 1), end) for gpu, lane in enumerate(lanes)]
+        running = [pool.submit(run_lane, lane, run, gpu * (gpus - 1)) for gpu, lane in enumerate(lanes)]
         return [outcome for lane in running for outcome in lane.result()]
+
+
+def ended(outcome: Outcome) -> str:
+    return {0: "passed", None: "out of time"}.get(outcome.code, f"failed ({outcome.code})")
 
 
 def summary(outcomes: list[Outcome], out: Path) -> str:
@@ -117,8 +181,7 @@ def summary(outcomes: list[Outcome], out: Path) -> str:
         log = out / f"{outcome.name}.txt"
         text = log.read_text(errors="replace") if log.exists() else ""
         parts.append(f"--- {outcome.name}\n{text[-TAIL:]}")
-    ended = {0: "passed", None: "out of time"}
-    rows = [[o.name, ended.get(o.code, f"failed ({o.code})"), o.seconds] for o in outcomes]
+    rows = [[outcome.name, ended(outcome), outcome.seconds] for outcome in outcomes]
     return "\n".join([*parts, "", table(["step", "ended", "seconds"], rows)])
 
 
@@ -128,6 +191,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="all steps together")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--gpus", type=int, help="default: as many as the driver lists")
+    parser.add_argument("--workers", type=int, default=6, help="test and compile processes beside one another")
+    parser.add_argument("--fa3", type=Path, help="vLLM's _vllm_fa3_C shared library; an installed vLLM otherwise")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     gpus = arguments.gpus
@@ -137,7 +202,8 @@ def main() -> None:
         gpus = torch.cuda.device_count()
     if gpus < 1:
         raise SystemExit("no CUDA device: these steps are for a GPU; `nox` checks what a CPU can")
-    outcomes = run_all(arguments.steps, arguments.out.resolve(), gpus, 60 * arguments.minutes)
+    run = Run(arguments.out.resolve(), arguments.workers, arguments.fa3, time.monotonic() + 60 * arguments.minutes)
+    outcomes = run_all(arguments.steps, run, gpus)
     print(summary(outcomes, arguments.out))
     sys.exit(int(any(outcome.code != 0 for outcome in outcomes)))
 

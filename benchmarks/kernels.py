@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -208,8 +210,13 @@ def store(
     return {"tokens": tokens, "head_dim": head_dim, "bits": bits, "limit": limit, "store": microseconds(step)}
 
 
-def sweep_class(provider: KernelProvider, name: str, page_size: int) -> list[dict[str, Any]]:
-    """Launch parameters of ``bits/head_dim/group``, or of ``store/bits/head_dim``, over a prefill."""
+def sweep_class(
+    provider: KernelProvider, name: str, page_size: int, share: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
+    """Launch parameters of ``bits/head_dim/group``, or of ``store/bits/head_dim``, over a prefill.
+
+    With a ``share`` (number, of how many), only that one is run, once and without timing, so that it is compiled.
+    """
     from sweep import sweep_attend, sweep_store
 
     from turboquant_triton.support import single_warps_supported
@@ -217,18 +224,30 @@ def sweep_class(provider: KernelProvider, name: str, page_size: int) -> list[dic
     if name.startswith("store/"):
         bits, head_dim = (int(part) for part in name.split("/")[1:])
         layout = page_layout(Shape(1, PREFILL_TOKENS, head_dim=head_dim), bits, page_size)
-        return sweep_store(store_step(provider, PREFILL_TOKENS, layout)[0])
+        return sweep_store(store_step(provider, PREFILL_TOKENS, layout)[0], share)
     bits, head_dim, group = (int(part) for part in name.split("/"))
     shape = Shape(8, 32768, group, head_dim)
     single_warps = single_warps_supported(page_layout(shape, bits, page_size), max(8, group))
-    return sweep_attend(packed_step(provider, shape, bits, page_size, allocate=True), single_warps)
+    return sweep_attend(packed_step(provider, shape, bits, page_size, allocate=True), single_warps, share)
+
+
+def compile_swept(arguments: argparse.Namespace) -> None:
+    """Fill Triton's cache with what a sweep takes, in several processes: compilation takes far longer than timing."""
+    command = [sys.executable, *sys.argv]
+    shares = [[*command, "--share", str(share)] for share in range(arguments.processes)]
+    running = [subprocess.Popen(share, stdout=subprocess.DEVNULL) for share in shares]
+    for process in running:
+        process.wait()
 
 
 def sweep_all(provider: KernelProvider, arguments: argparse.Namespace) -> None:
     """Sweep the classes named on the command line, and write what is known after each."""
     results: dict[str, Any] = {}
+    share = None if arguments.share is None else (arguments.share, arguments.processes)
     for name in arguments.sweep or SWEPT:
-        results[name] = rows = sweep_class(provider, name, arguments.page_sizes[0])
+        results[name] = rows = sweep_class(provider, name, arguments.page_sizes[0], share)
+        if share is not None:
+            continue
         print(f"\n{name}\n\n{table(list(rows[0]), [list(row.values()) for row in rows[:12]])}", flush=True)
         write_json(arguments.json, results)
 
@@ -281,6 +300,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where the results go; a file in benchmarks/results otherwise")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "images" / "kernels.png")
     parser.add_argument("--replot", action="store_true", help="only draw the plot of the JSON file")
+    parser.add_argument("--processes", type=int, default=1, help="of --sweep: compile in so many beside one another")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     help_text = f"try launch parameters of classes bits/head_dim/group or store/bits/head_dim; {' '.join(SWEPT)}"
     parser.add_argument("--sweep", nargs="*", metavar="CLASS", help=help_text)
     arguments = parser.parse_args()
@@ -341,6 +362,8 @@ def main() -> None:
         raise SystemExit("no CUDA device: these figures are of a GPU")
     provider = load_provider(arguments.provider)
     if arguments.sweep is not None:
+        if arguments.processes > 1 and arguments.share is None:
+            compile_swept(arguments)
         sweep_all(provider, arguments)
         return
     results = measure(provider, arguments)

@@ -7,13 +7,15 @@ not timed. The winners belong into ``turboquant_triton.tuning`` and ``turboquant
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain, product
+from contextlib import suppress
+from itertools import chain, islice, product
 from typing import Any
 from unittest import mock
 
 import torch
 from timing import microseconds
 from torch import Tensor
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from turboquant_triton.launch import RowsConfig
@@ -49,13 +51,35 @@ def timed(step: Callable[[], Tensor], expected: Tensor) -> float | str:
         got = step().float()
     except OutOfResources as error:
         return f"does not fit: {error.name} {error.required} of {error.limit}"
+    except TritonError as error:
+        return f"does not compile: {type(error).__name__}"
     if not bool((got - expected).norm() <= TOLERANCE * expected.norm()):
         return "wrong"
     return microseconds(step)
 
 
-def sweep(step: Callable[[], Tensor], configs: Iterator[Any], patched: Callable[[Any], Any]) -> list[dict[str, Any]]:
-    """One row for each configuration, the fastest first; the one in use is the row ``default``."""
+def compile_share(
+    step: Callable[[], Tensor], configs: Iterator[Any], patched: Callable[[Any], Any], share: tuple[int, int]
+) -> None:
+    """Run each configuration of a ``share`` (number, of how many) once; what does not fit is for the sweep to say."""
+    for config in islice(configs, share[0], None, share[1]):
+        with patched(config), suppress(TritonError):
+            step()
+
+
+def sweep(
+    step: Callable[[], Tensor],
+    configs: Iterator[Any],
+    patched: Callable[[Any], Any],
+    share: tuple[int, int] | None = None,
+) -> list[dict[str, Any]]:
+    """One row for each configuration, the fastest first; the one in use is the row ``default``.
+
+    No row with a ``share``, which is only compiled.
+    """
+    if share is not None:
+        compile_share(step, configs, patched, share)
+        return []
     expected = step().float().clone()
     rows = [{"config": "default", "result": microseconds(step)}]
     for config in configs:
@@ -65,17 +89,19 @@ def sweep(step: Callable[[], Tensor], configs: Iterator[Any], patched: Callable[
     return sorted(rows, key=lambda row: row["result"] if isinstance(row["result"], float) else float("inf"))
 
 
-def sweep_attend(step: Callable[[], Tensor], single_warps: bool) -> list[dict[str, Any]]:
+def sweep_attend(
+    step: Callable[[], Tensor], single_warps: bool, share: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
     """Over the parameters of the byte-permute form, and of ``single_warps`` where these support the layout.
 
     ``step`` allocates its workspace, whose size depends on them.
     """
     name = "turboquant_triton.attend.attend_config"
     configs = chain(attend_configs(), warp_configs() if single_warps else ())
-    return sweep(step, configs, lambda config: mock.patch(name, return_value=config))
+    return sweep(step, configs, lambda config: mock.patch(name, return_value=config), share)
 
 
-def sweep_store(step: Callable[[], Tensor]) -> list[dict[str, Any]]:
+def sweep_store(step: Callable[[], Tensor], share: tuple[int, int] | None = None) -> list[dict[str, Any]]:
     """Over the parameters of encode and store, for whatever number of rows ``step`` has."""
     name = "turboquant_triton.launch.launch_parameters"
-    return sweep(step, rows_configs(), lambda config: mock.patch(name, return_value=config))
+    return sweep(step, rows_configs(), lambda config: mock.patch(name, return_value=config), share)
