@@ -12,7 +12,7 @@ import pytest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Append name, stage and traceback of what failed; workers of pytest-xdist leave it to the process they report to."""
+    """Append name, stage and traceback of what failed; workers of pytest-xdist leave it to their parent."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         with Path(os.environ["FAILURES"]).open("a", encoding="utf-8") as sink:
             sink.write(f"=== {report.nodeid} ({report.when})\n{report.longreprtext}\n")

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TOLD = """
+import time
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print('last words', flush=True)
+"""
 
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def a_run(out: Path, seconds: float) -> Any:
+    import gpu_run
+
+    return gpu_run.Run(out, workers=3, fa3=Path("fa3.so"), end=time.monotonic() + seconds)
 
 
 @pytest.mark.usefixtures("benchmarks")
@@ -26,15 +41,22 @@ def test_a_failed_or_endless_step_stops_no_other(gpus: int, tmp_path: Path, monk
         "good": gpu_run.Step(("-c", show), 60, timed=True),
         "bad": gpu_run.Step(("-c", f"{show}; raise SystemExit(3)"), 60, timed=False),
         "endless": gpu_run.Step(("-c", f"{show}; import time; time.sleep(600)"), 3, timed=False),
+        "told": gpu_run.Step(("-c", TOLD), 3, timed=False),
     }
     monkeypatch.setattr(gpu_run, "STEPS", steps)
-    outcomes = {outcome.name: outcome for outcome in gpu_run.run_all(list(steps), tmp_path, gpus, 60)}
-    assert {name: outcome.code for name, outcome in outcomes.items()} == {"good": 0, "bad": 3, "endless": None}
+    outcomes = {outcome.name: outcome for outcome in gpu_run.run_all(list(steps), a_run(tmp_path, 60), gpus)}
+    assert {name: outcome.code for name, outcome in outcomes.items()} == {
+        "good": 0,
+        "bad": 3,
+        "endless": None,
+        "told": None,
+    }
     last = gpus - 1
-    assert {name: (tmp_path / f"{name}.txt").read_text() for name in steps} == {
+    assert {name: (tmp_path / f"{name}.txt").read_text().split("Traceback")[0] for name in steps} == {
         "good": f"gpu 0 {tmp_path}\n",
         "bad": f"gpu {last} {tmp_path}\n",
         "endless": f"gpu {last} {tmp_path}\n",
+        "told": "last words\n",
     }
     told = gpu_run.summary(list(outcomes.values()), tmp_path)
     assert "| bad | failed (3) |" in told
@@ -45,9 +67,39 @@ def test_a_failed_or_endless_step_stops_no_other(gpus: int, tmp_path: Path, monk
 def test_steps_after_the_end_are_not_begun(tmp_path: Path) -> None:
     import gpu_run
 
-    (outcome,) = gpu_run.run_all(["kernels"], tmp_path, 1, 0)
+    (outcome,) = gpu_run.run_all(["kernels"], a_run(tmp_path, 0), 1)
     assert outcome == gpu_run.Outcome("kernels", None, 0.0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_commands_have_what_the_run_gives(tmp_path: Path) -> None:
+
+    run = a_run(tmp_path, 0)
+    assert run.command("kernels")[-4:] == ["--json", str(tmp_path / "kernels.json"), "--fa3", "fa3.so"]
+    quick = run.command("quick")
+    assert quick[quick.index("-n") + 1] == "3"
+    assert f"--junitxml={tmp_path}/quick.xml" in quick
+    assert run.environment("quick", 1)["FAILURES"] == str(tmp_path / "quick.failures")
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_cut_run_keeps_its_failures(tmp_path: Path) -> None:
+    """The plug-in writes them as they happen, once, also where workers report them."""
+
+    (tmp_path / "test_it.py").write_text("def test_bad():\n    assert 1 == 2\n\ndef test_good():\n    pass\n")
+    run = a_run(tmp_path, 0)
+    for workers in ([], ["-n", "2"]):
+        failures = tmp_path / f"{len(workers)}.failures"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "failures_at_once", *workers]
+        environment = {**run.environment("quick", 0), "FAILURES": str(failures)}
+        result = subprocess.run(
+            [*command, "test_it.py"], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert result.returncode == 1
+        text = failures.read_text()
+        assert text.count("===") == 1
+        assert "assert 1 == 2" in text
 
 
 @pytest.mark.usefixtures("benchmarks")
