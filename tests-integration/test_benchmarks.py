@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from turboquant_core import VectorLayout
+from turboquant_hf.options import RECENT_TOKENS
+
 ROOT = Path(__file__).parents[1]
+SIZES = ("num_key_value_heads", "num_hidden_layers", "head_dim")
 
 
 def run(script: str, *arguments: str) -> str:
@@ -37,11 +41,14 @@ def test_decoding_of_transformers_caches(decoding: tuple[str, dict[str, Any]]) -
     assert written["command"].startswith("python benchmarks/transformers_decode.py --quick")
     rows = {row["cache"]: row for row in written["results"]["rows"]}
     assert set(rows) <= {line.split(" | ")[1] for line in output.splitlines() if line.startswith("| 1 x")}
-    stock = rows["DynamicCache bf16"]["kv_bytes"]
-    for bits, least in ((4, 3.8), (3, 5.0), (2, 7.3)):
-        packed = rows[f"turboquant {bits} bit"]
-        assert packed["tokens_per_second"] > 0
-        assert stock / packed["kv_bytes"] > least
+    kv_heads, layers, head_dim = (written["results"]["shape"][name] for name in SIZES)
+    stock = 2 * kv_heads * layers * head_dim * 2  # bytes of a token in bf16
+    tokens = rows["DynamicCache bf16"]["kv_bytes"] / stock
+    for bits in (4, 3, 2):
+        row = rows[f"turboquant {bits} bit"]
+        packed = 2 * kv_heads * layers * VectorLayout(head_dim, bits, "int8").nbytes
+        assert row["tokens_per_second"] > 0
+        assert row["kv_bytes"] == (tokens - RECENT_TOKENS) * packed + RECENT_TOKENS * stock
 
 
 @pytest.mark.parametrize("name", ["optimum-quanto", "hqq", "fused-turboquant"])

@@ -10,8 +10,17 @@ from example_turboquant_provider import ExampleProvider
 from torch import Tensor
 from transformers import LlamaConfig
 
-from turboquant_core import CacheCodec, PageLayout, ReferenceProvider, TurboQuantKVCache, VectorLayout
+from turboquant_core import (
+    CacheCodec,
+    PackedPast,
+    PageLayout,
+    ReferenceProvider,
+    TurboQuantKVCache,
+    VectorLayout,
+    WindowedPast,
+)
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.options import RECENT_TOKENS
 
 BATCH, KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 2, 64, 16
 CONFIG = LlamaConfig(hidden_size=4 * HEAD_DIM, num_attention_heads=4, num_key_value_heads=KV_HEADS, num_hidden_layers=1)
@@ -65,14 +74,15 @@ def test_a_page_holds_the_bytes_of_the_vectors(bits: tuple[int, int], provider: 
         assert torch.equal(have, want.transpose(0, 1))
 
 
-@pytest.mark.parametrize("bits", BITS, ids=str)
-def test_the_transformers_cache_stores_the_bytes_of_core(bits: tuple[int, int]) -> None:
-    keys, values = keys_and_values(37)
-    cache = TurboQuantCache(CONFIG, bits, page_size=PAGE_SIZE, provider="reference")
+def fill(cache: TurboQuantCache, keys: Tensor, values: Tensor) -> WindowedPast:
+    """What the one layer of a cache holds after 37 tokens that came in three parts."""
     for part in (slice(0, 20), slice(20, 21), slice(21, 37)):
         cache.update(keys[:, :, part], values[:, :, part], 0)
-    past = cache.layers[0].past().packed
+    return cache.layers[0].past()
 
+
+def assert_bytes_of_core(past: PackedPast, keys: Tensor, values: Tensor, bits: tuple[int, int]) -> None:
+    """Its pages are those that the reference writes of these keys and values, byte for byte."""
     codec = codec_for(bits)
     assert past.codec.layout == codec.layout
     pages = torch.zeros_like(past.pages)
@@ -85,11 +95,29 @@ def test_the_transformers_cache_stores_the_bytes_of_core(bits: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("bits", BITS, ids=str)
+def test_the_transformers_cache_stores_the_bytes_of_core(bits: tuple[int, int]) -> None:
+    keys, values = keys_and_values(37)
+    cache = TurboQuantCache(CONFIG, bits, page_size=PAGE_SIZE, provider="reference", recent_tokens=0)
+    assert_bytes_of_core(fill(cache, keys, values).packed, keys, values, bits)
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_by_default_all_but_the_recent_tokens_are_the_bytes_of_core(bits: tuple[int, int]) -> None:
+    keys, values = keys_and_values(37)
+    past = fill(TurboQuantCache(CONFIG, bits, page_size=PAGE_SIZE, provider="reference"), keys, values)
+    packed = 37 - RECENT_TOKENS
+    assert past.packed.length == packed
+    assert_bytes_of_core(past.packed, keys[:, :, :packed], values[:, :, :packed], bits)
+    for have, want in zip(past.read(packed, 37, torch.float32), (keys, values), strict=True):
+        assert torch.equal(have, want[:, :, packed:])
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
 def test_the_two_caches_decode_alike(bits: tuple[int, int]) -> None:
     keys, values = keys_and_values(37)
     core = TurboQuantKVCache(BATCH, KV_HEADS, HEAD_DIM, bits, provider="reference")
     core.append(keys, values)
-    cache = TurboQuantCache(CONFIG, bits, provider="reference")
+    cache = TurboQuantCache(CONFIG, bits, provider="reference", recent_tokens=0)
     cache.update(keys, values, 0)
     got = cache.layers[0].store.past().read(0, 37, torch.float32)
     for have, want in zip(got, core.read(), strict=True):
