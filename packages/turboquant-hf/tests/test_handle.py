@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from turboquant_core import (
     CacheCodec,
@@ -104,3 +107,40 @@ def test_causal_flag_of_torch_is_aligned_to_the_first_key(step: StepPast) -> Non
     got = F.scaled_dot_product_attention(query, keys, values, is_causal=True)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(query, keys.dense(), values.dense(), is_causal=True))
     assert step.counters.reasons == {"is_causal with a past": 1}
+
+
+class TestRepeatedHeads:
+    """``repeat_kv`` of a handle is a handle: packed attention needs no copies."""
+
+    def test_nothing_is_decoded(self, step: StepPast) -> None:
+        keys, values = (repeat_kv(PackedTensor(step, kind), 3) for kind in ("keys", "values"))
+        assert keys.shape == (3, 6, 20, 32)
+        query = torch.randn(3, 6, 2, 32, generator=torch.Generator().manual_seed(1))
+        mask = torch.ones(2, 20, dtype=torch.bool).tril(18).view(1, 1, 2, 20)
+        got = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        assert step.counters.path == "intercepted"
+        dense = (repeat_kv(x, 3) for x in step.decoded)
+        expected = F.scaled_dot_product_attention(query, *dense, attn_mask=mask)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(keys.dense(), repeat_kv(step.decoded.keys, 3))
+        assert torch.equal(keys + 0, repeat_kv(step.decoded.keys, 3))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda x: x[:, :, None, :, :] + 1,
+            lambda x: x[:, :, None, :, :].sum(),
+            lambda x: x[:, :, None, :, :].expand(3, 2, 4, 20, 32).flatten(1, 2),
+            lambda x: x[:, :, None, :, :].expand(-1, -1, 4, -1, -1).reshape(3, 8, 20, 32),
+            lambda x: x[:, :, None, :, :].reshape(3, 2, 640),
+            lambda x: torch.exp(x[:, :, None, :, :]),
+            lambda x: x[:, :, None, :, :].expand(3, 2, -1, 20, 32),
+            lambda x: torch.cat([x[:, :, None, :, :], x[:, :, None, :, :]], dim=2),
+            lambda x: torch.add(input=x[:, :, None, :, :], other=1),
+            lambda x: x[:, :, None, :, :][:, 0],
+        ],
+    )
+    def test_anything_else_decodes(self, step: StepPast, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        keys = PackedTensor(step, "keys")
+        assert torch.equal(change(keys), change(step.decoded.keys))
+        assert step.counters.path == "decoded"

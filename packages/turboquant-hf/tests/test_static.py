@@ -52,7 +52,7 @@ def fresh_compiler() -> None:
 
 
 def pair(model: Any, room: int = ROOM, **options: Any) -> tuple[TurboQuantCache, TurboQuantStaticCache]:
-    options = {"page_size": 16, **options}
+    options = {"page_size": 16, "recent_tokens": 0, "center_keys": False, **options}
     return TurboQuantCache(model.config, **options), TurboQuantStaticCache(model.config, room, **options)
 
 
@@ -187,9 +187,13 @@ def test_families_in_one_graph(name: str) -> None:
 
 @VMAP
 def test_an_untouched_model_in_one_graph() -> None:
-    """Interception works while a graph is traced; grouped heads are repeated by the model, and decoded for it."""
-    for config, path in ((UNTOUCHED["falcon"], "intercepted"), (CONFIGS["llama"][0], "decoded")):
-        model = build(config, "sdpa")
+    """Interception works while a graph is traced, of grouped heads too, which the model repeats."""
+    for config, attention, path in (
+        (UNTOUCHED["falcon"], "sdpa", "intercepted"),
+        (CONFIGS["llama"][0], "sdpa", "intercepted"),
+        (CONFIGS["llama"][0], "eager", "decoded"),
+    ):
+        model = build(config, attention)
         growing, static = pair(model)
         compiled = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
         got = steps(model, static, [21, 1, 1], 5, room=ROOM, run=compiled)

@@ -112,7 +112,7 @@ class Run:
 
 
 def runs(model: Any, options: dict[str, Any]) -> tuple[Run, Run]:
-    options = {"page_size": 16, "provider": "triton", **options}
+    options = {"page_size": 16, "provider": "triton", "recent_tokens": 0, **options}
     growing = TurboQuantCache(model.config, **options)
     return Run(model, growing, False), Run(model, TurboQuantStaticCache(model.config, ROOM, **options), True)
 

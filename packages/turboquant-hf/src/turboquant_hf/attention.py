@@ -91,13 +91,14 @@ def _decoded_attention(
     module: torch.nn.Module,
     query: Tensor,
     step: StepPast,
+    handles: tuple[Any, Any],
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     is_partial = 1 < query.shape[2] < step.length and _is_causal(module, kwargs)
     if mask is None and (is_partial or step.has_room):
         mask = _causal_mask(base, query, step)
-    return base(module, query, *step.decoded, mask, **kwargs)
+    return base(module, query, *(handle.dense() for handle in handles), mask, **kwargs)
 
 
 def _eager_of(module: torch.nn.Module) -> Attention:
@@ -122,7 +123,7 @@ def _attend(
     visibility = _visibility(module, step, query, attention_mask, kwargs)
     if isinstance(visibility, str):
         step.count_decoded(visibility)
-        return _decoded_attention(base, module, query, step, attention_mask, scaling=scaling, **kwargs)
+        return _decoded_attention(base, module, query, step, (key, value), attention_mask, scaling=scaling, **kwargs)
     step.counters.count("fused")
     out = fused_attention(
         step,

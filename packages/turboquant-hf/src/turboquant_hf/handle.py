@@ -18,6 +18,7 @@ from turboquant_core import Gathered
 from turboquant_core.split_past import SplitPast
 
 from .counters import LayerCounters
+from .head_groups import head_groups
 
 Kind: TypeAlias = Literal["keys", "values"]
 
@@ -78,25 +79,31 @@ class StepPast:
             self._decoded = Gathered(keys.contiguous(), values.contiguous())
         return self._decoded
 
-    def shape(self, kind: Kind) -> tuple[int, int, int, int]:
-        """Of the dense keys or values."""
+    def shape(self, kind: Kind, repeats: int = 1) -> tuple[int, int, int, int]:
+        """Of the dense keys or values, each head ``repeats`` times."""
         layout = self.past.codec.layout
         head_dim = layout.key.head_dim if kind == "keys" else layout.value.head_dim
-        return self.past.batch, layout.kv_heads, self.length, head_dim
+        return self.past.batch, layout.kv_heads * repeats, self.length, head_dim
+
+    def dense(self, kind: Kind, repeats: int = 1) -> Tensor:
+        """Decoded keys or values, each head ``repeats`` times."""
+        decoded = self.decoded.keys if kind == "keys" else self.decoded.values
+        return decoded if repeats == 1 else decoded.repeat_interleave(repeats, 1)
 
 
 class PackedTensor(Tensor):
-    """Keys or values ``[batch, kv_heads, length, head_dim]`` of a packed layer; see the module."""
+    """Keys or values ``[batch, kv_heads * repeats, length, head_dim]`` of a packed layer; see the module."""
 
     step: StepPast
     kind: Kind
+    repeats: int
 
     @staticmethod
-    def __new__(cls, step: StepPast, kind: Kind) -> PackedTensor:
+    def __new__(cls, step: StepPast, kind: Kind, repeats: int = 1) -> PackedTensor:
         self: PackedTensor = Tensor._make_wrapper_subclass(
-            cls, step.shape(kind), dtype=step.dtype, device=step.past.device
+            cls, step.shape(kind, repeats), dtype=step.dtype, device=step.past.device
         )
-        self.step, self.kind = step, kind
+        self.step, self.kind, self.repeats = step, kind, repeats
         return self
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -104,7 +111,11 @@ class PackedTensor(Tensor):
 
     def dense(self) -> Tensor:
         """The decoded tensor."""
-        return getattr(self.step.decoded, self.kind)  # type: ignore[no-any-return]
+        return self.step.dense(self.kind, self.repeats)
+
+    def repeated(self, repeats: int) -> PackedTensor:
+        """Every head ``repeats`` times."""
+        return PackedTensor(self.step, self.kind, self.repeats * repeats)
 
     @classmethod
     def __torch_function__(
@@ -119,6 +130,9 @@ class PackedTensor(Tensor):
             from .intercept import intercepted_attention
 
             return intercepted_attention(*args, **(kwargs or {}))
+        groups = head_groups(func, args)
+        if groups is not None:
+            return groups
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

@@ -68,16 +68,19 @@ class TurboQuantStaticLayer(PackedLayer[StaticSequences], StaticLayer):
             LayoutError: the head_dim cannot be packed; names the layer.
             ProviderError: no kernel provider fits.
             RuntimeError: a graph is being traced.
-            ValueError: the keys' mean is to be subtracted and there are no keys.
+            ValueError: ``center_keys=True`` and there are no keys; ``"auto"`` centres nothing then.
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"layer {self.layer_idx} has no pages yet, and a compiled step cannot make them: run the prompt "
                 "uncompiled, or call early_initialization() on the cache first"
             )
-        if self.options.center_keys is True and not key_states.shape[2]:
+        if key_states.shape[2] or not isinstance(self.options.center_keys, bool | str):
+            super().lazy_initialization(key_states, value_states)
+            return
+        if self.options.center_keys is True:
             raise ValueError("center_keys=True takes the mean of the prompt's keys, which early_initialization() lacks")
-        super().lazy_initialization(key_states, value_states)
+        self.create_store(LayerShape.of(key_states, value_states), key_states.device, None)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Add keys and values; return what attention should use.

@@ -13,33 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dense_operators import DenseOperators, densely
 from .handle import Kind, PackedTensor, StepPast
+from .head_groups import HeadGroups, is_new_axis_of_heads
 
 
-class TracedTensor:
-    """Keys or values ``[batch, kv_heads, length, head_dim]`` of a packed layer; see the module."""
+class TracedTensor(DenseOperators):
+    """Keys or values ``[batch, kv_heads * repeats, length, head_dim]`` of a packed layer; see the module."""
 
-    def __init__(self, step: StepPast, kind: Kind) -> None:
-        self.step, self.kind = step, kind
-        self.shape = torch.Size(step.shape(kind))
+    def __init__(self, step: StepPast, kind: Kind, repeats: int = 1) -> None:
+        self.step, self.kind, self.repeats = step, kind, repeats
+        self.shape = torch.Size(step.shape(kind, repeats))
         self.dtype, self.device, self.ndim = step.dtype, step.past.device, 4
 
     def dense(self) -> Tensor:
         """The decoded tensor."""
         self.step.count_decoded("keys or values that the model changes before attention")
-        return self.step.decoded.keys if self.kind == "keys" else self.step.decoded.values
+        return self.step.dense(self.kind, self.repeats)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.dense(), name)
+    def repeated(self, repeats: int) -> TracedTensor:
+        """Every head ``repeats`` times."""
+        return TracedTensor(self.step, self.kind, self.repeats * repeats)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.dense()[index]
-
-    def __add__(self, other: Any) -> Any:
-        return self.dense() + other
-
-    def __mul__(self, other: Any) -> Any:
-        return self.dense() * other
+    def __getitem__(self, index: Any) -> Any:
+        return HeadGroups(self) if is_new_axis_of_heads(index) else self.dense()[index]
 
     @classmethod
     def __torch_function__(
@@ -54,19 +51,13 @@ class TracedTensor:
             from .intercept import intercepted_attention
 
             return intercepted_attention(*args, **(kwargs or {}))
-        args, kwargs = _densely(args), {name: _densely(value) for name, value in (kwargs or {}).items()}
+        args, kwargs = densely(args), {name: densely(value) for name, value in (kwargs or {}).items()}
         return func(*args, **kwargs)
-
-
-def _densely(value: Any) -> Any:
-    if isinstance(value, TracedTensor):
-        return value.dense()
-    return type(value)(_densely(part) for part in value) if isinstance(value, tuple | list) else value
 
 
 def packed_pair(key: Any, value: Any) -> StepPast | None:
     """The past that ``key`` and ``value`` both stand for; None when they are ordinary tensors."""
     handles = (PackedTensor, TracedTensor)
     if isinstance(key, handles) and isinstance(value, handles) and key.step is value.step:
-        return key.step
+        return key.step if key.repeats == value.repeats else None
     return None
