@@ -281,7 +281,8 @@ def integration(session: nox.Session) -> None:
     """What needs more than one package, from the built wheels and with a third party's provider."""
     core = f"{wheel('core')}[testing]"
     others = [wheel(package) for package in NEEDS if package != "core"]
-    install(session, core, *others, "./tests-integration/third-party-provider", *group("test"), *triton())
+    tools = (*group("test"), *group("figures"), *triton())
+    install(session, core, *others, "./tests-integration/third-party-provider", *tools)
     pytest(session, "tests-integration")
     discard_environment(session)
 
