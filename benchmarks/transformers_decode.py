@@ -3,7 +3,7 @@
 The model has the shape of Qwen3-8B and random weights: speed and memory do not depend on them. For each batch and
 context every cache gets the same random prompt in one forward pass, then decodes token by token. Reported are tokens
 per second of the whole batch (median step), peak memory of the prompt and of decoding, and bytes of keys and values.
-A cache that cannot run is listed with the reason.
+A cache that cannot run is listed with the reason. The file is written after every row, targets met and missed in it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from contenders import Contender, contenders, stored_bytes
+from decode_targets import targets
 from report import table, write_json
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -27,7 +28,7 @@ from turboquant_hf.compat import CACHE_ARGUMENT
 
 HERE = Path(__file__).parent
 WARM_UP = 3
-CASES = ((1, 4096), (8, 4096), (1, 32768), (8, 32768), (1, 131072))
+CASES = ((1, 4096), (8, 4096), (1, 32768), (8, 32768), (1, 131072), (8, 131072))
 QUICK_CASES = ((1, 64), (2, 64))
 # Qwen3-8B's config.json.
 SHAPE = {
@@ -102,10 +103,29 @@ def measure(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dic
     return row
 
 
+def least_bytes(model: Any, batch: int, context: int) -> int:
+    """Bytes that any cache needs for a prompt besides the weights: the two inputs of an MLP's product and its output.
+
+    They are ``[batch, context, intermediate_size]`` in the model's dtype; a prompt is one forward pass.
+    """
+    return 3 * batch * context * model.config.intermediate_size * model.dtype.itemsize
+
+
+def too_large(model: Any, batch: int, context: int, memory: int | None) -> str | None:
+    """Why a prompt cannot fit into ``memory`` bytes with any cache; None when it might, or on a CPU."""
+    needed = least_bytes(model, batch, context) + sum(weight.nbytes for weight in model.parameters())
+    if memory is None or needed <= memory:
+        return None
+    return f"weights and one layer's activations take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f} GiB"
+
+
 def attempt(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dict[str, Any]:
     """:func:`measure`, or the reason why there are no figures."""
-    if contender.absent is not None:
-        return {"reason": contender.absent}
+    device = prompt.device
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    reason = contender.absent or too_large(model, *prompt.shape, memory)
+    if reason is not None:
+        return {"reason": reason}
     try:
         return measure(model, contender, prompt, steps)
     except Exception as error:  # noqa: BLE001 - a rival's failure is a result, and is printed
@@ -116,9 +136,11 @@ def attempt(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dic
             torch.cuda.empty_cache()
 
 
-def compare(model: Any, cases: tuple[tuple[int, int], ...], steps: int) -> list[dict[str, Any]]:
-    """One row for each case and contender."""
-    rows = []
+def compare(
+    model: Any, cases: tuple[tuple[int, int], ...], steps: int, write: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """One row for each case and contender; ``write`` is called with those so far after each."""
+    rows: list[dict[str, Any]] = []
     for batch, context in cases:
         generator = torch.Generator().manual_seed(context)
         prompt = torch.randint(2, model.config.vocab_size, (batch, context), generator=generator).to(model.device)
@@ -127,6 +149,7 @@ def compare(model: Any, cases: tuple[tuple[int, int], ...], steps: int) -> list[
             row |= attempt(model, contender, prompt, steps)
             rows.append(row)
             print({key: value for key, value in row.items() if value is not None}, flush=True)
+            write(rows)
     return rows
 
 
@@ -165,12 +188,18 @@ def main() -> None:
     if arguments.cases:
         cases = tuple((int(batch), int(context)) for batch, context in (c.split("x") for c in arguments.cases))
     torch.manual_seed(0)
-    model = random_model(QUICK_SHAPE if arguments.quick else SHAPE, device)
-    rows = compare(model, cases, arguments.steps)
-    print("\n" + decode_table(rows))
     target = arguments.json or (None if arguments.quick else HERE / "results" / "transformers_decode.json")
-    if target is not None:
-        write_json(target, {"shape": SHAPE if not arguments.quick else QUICK_SHAPE, "rows": rows})
+    shape = QUICK_SHAPE if arguments.quick else SHAPE
+    model = random_model(shape, device)
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        if target is not None:
+            write_json(target, {"shape": shape, "rows": rows, "targets": targets(rows)}, arguments.device)
+
+    rows = compare(model, cases, arguments.steps, write)
+    print("\n" + decode_table(rows))
+    header = ["target", "batch x context", "cache", "at least", "found", "met"]
+    print("\n" + table(header, [list(row.values()) for row in targets(rows)]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ from turboquant_core import VectorLayout
 from turboquant_hf.options import RECENT_TOKENS
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from decode_targets import targets  # noqa: E402
+
 SIZES = ("num_key_value_heads", "num_hidden_layers", "head_dim")
 
 
@@ -62,3 +66,28 @@ def test_an_absent_rival_is_named(name: str, decoding: tuple[str, dict[str, Any]
 def test_figures_of_a_gpu_are_not_made_on_a_cpu() -> None:
     with pytest.raises(AssertionError, match="no CUDA device"):
         run("transformers_decode.py", "--device", "cpu")
+
+
+def test_targets_of_decoding_are_those_that_rows_decide() -> None:
+    case = {"batch": 1, "context": 32768}
+    rows = [
+        case | {"cache": "DynamicCache bf16", "tokens_per_second": 10.0, "kv_bytes": 100, "decode_peak_bytes": 500},
+        case | {"cache": "turboquant 4 bit", "tokens_per_second": 8.0, "kv_bytes": 20, "decode_peak_bytes": 430},
+        case | {"cache": "turboquant 2 bit", "reason": "OutOfMemoryError"},
+        case | {"cache": "QuantizedCache hqq 4 bit", "tokens_per_second": 1.0, "kv_bytes": None},
+        {"batch": 1, "context": 4096, "cache": "DynamicCache bf16", "tokens_per_second": 10.0, "kv_bytes": 10},
+        {"batch": 1, "context": 4096, "cache": "turboquant 4 bit", "tokens_per_second": 10.0, "kv_bytes": 2},
+    ]
+    found = [(row["target"], row["case"], row["least"], row["found"], row["met"]) for row in targets(rows)]
+    assert found == [
+        ("peak memory saved, of the KV saving", "1 x 32768", 0.95, 0.875, False),
+        ("speed to QuantizedCache hqq 4 bit", "1 x 32768", 5.0, 8.0, True),
+        ("speed to DynamicCache bf16", "1 x 4096", 1.0, 1.0, True),
+    ]
+
+
+def test_the_ratios_of_a_quick_run_are_in_its_file(decoding: tuple[str, dict[str, Any]]) -> None:
+    output, written = decoding
+    compared = {row["target"] for row in written["results"]["targets"]}
+    assert "speed to QuantizedCache fp8" in compared
+    assert all(f"| {name} |" in output for name in compared)
