@@ -18,6 +18,8 @@ HF = Path(__file__).parent / "hf_text.py"
 TOKENS = 24
 PROMPTS = [TEXT[:600], TEXT[1000:1400], "The Congress shall have", TEXT[3000:3040]]
 WHOLE: dict[str, Any] = {"max_num_batched_tokens": 2048, "enable_prefix_caching": False}
+PLAIN: dict[str, Any] = {"recent_tokens": 0, "center_keys": False}
+"""Options of the Transformers cache at which it stores and reads what the plug-in does without options."""
 
 
 def transformers_text(model: Path, **cache: Any) -> dict[str, list[list[int]]]:
@@ -44,7 +46,7 @@ def transformers_text(model: Path, **cache: Any) -> dict[str, list[list[int]]]:
 def test_equal_text(engines: Engines, model: Path, bits: tuple[float, float]) -> None:
     if not model.is_dir():
         pytest.skip(f"{model} is not there: the model lab is not part of the repository")
-    expected = transformers_text(model, bits=bits)
+    expected = transformers_text(model, bits=bits, **PLAIN)
     options = {"k_bits": bits[0], "v_bits": bits[1]}
     run = engines([expected["prompts"]], options, model=str(model), max_tokens=TOKENS, **WHOLE)
     assert run.tokens() == expected["written"]
