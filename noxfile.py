@@ -48,6 +48,7 @@ NEEDS = {
     "hf": ("core", "triton", "hf"),
     "vllm": ("core", "triton", "vllm"),
 }
+TAG = re.compile(rf"turboquant-({'|'.join(NEEDS)})-v(\d+\.\d+\.\d+)")
 VLLM = ("0.27.1", "0.28.0", "0.30.0", "0.32.0")
 TEST_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # One process a core, each with one thread: threads of several processes would wait for one another.
@@ -274,6 +275,23 @@ def version(session: nox.Session) -> None:
     install_tools(session, *group("build"))
     with session.chdir(folder(package)):
         session.run("python", "-m", "hatchling", "version", *wanted)
+
+
+@nox.session(venv_backend="none", default=False)
+def release(session: nox.Session) -> None:
+    """Build and smoke-test what a tag names: ``nox -s release -- turboquant-core-v0.1.0``."""
+    found = TAG.fullmatch(" ".join(session.posargs))
+    if found is None:
+        session.error(f"{' '.join(session.posargs) or 'no tag'}: tags are turboquant-<package>-v<x.y.z>")
+    package, tagged = found.groups()
+    (module,) = Path(folder(package), "src").glob("*/_version.py")
+    (have,) = re.findall(r'^__version__ = "(.+)"$', module.read_text(), flags=re.MULTILINE)
+    if have != tagged:
+        session.error(f"the tag is for version {tagged} of turboquant-{package}, {module} says {have}")
+    changelog = Path(folder(package), "CHANGELOG.md")
+    if not re.search(rf"^## {re.escape(have)}\b", changelog.read_text(), flags=re.MULTILINE):
+        session.error(f"{changelog} has no section {have}: move what is unreleased under it")
+    session.notify(f"smoke({package})", posargs=())
 
 
 @nox.session(requires=["build"], reuse_venv=False)

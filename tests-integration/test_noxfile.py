@@ -1,4 +1,4 @@
-"""Where the sessions of noxfile.py take torch from: a CPU build or an error, never PyPI's build for CUDA."""
+"""Where the sessions of noxfile.py take torch from (a CPU build or an error), and what a release wants of its tag."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ class SessionError(Exception):
 
 @pytest.fixture
 def noxfile(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, without nox: its sessions are nothing, its functions are what they are."""
+    """The module, without nox: its sessions are plain functions."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(sys.modules, "nox", MagicMock())
+    nox = MagicMock()
+    nox.session.side_effect = lambda *function, **_: function[0] if function else lambda undecorated: undecorated
+    nox.parametrize.return_value = lambda undecorated: undecorated
+    monkeypatch.setitem(sys.modules, "nox", nox)
     monkeypatch.delenv("TORCH_INDEX", raising=False)
     spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
     assert spec is not None
@@ -88,3 +91,51 @@ def test_elsewhere_the_default_build_is_one_for_cpus(
 ) -> None:
     monkeypatch.setattr(noxfile.sys, "platform", "darwin")
     assert noxfile.cpu_torch(session(tmp_path, [], []), noxfile.CONSTRAINTS) == []
+
+
+@pytest.fixture
+def package(noxfile: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of core at version 1.2.3, below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "packages" / "turboquant-core"
+    module = path / "src" / "turboquant_core" / "_version.py"
+    module.parent.mkdir(parents=True)
+    module.write_text('__version__ = "1.2.3"\n')
+    (path / "CHANGELOG.md").write_text("# Changelog\n\n## 1.2.3 (2026-12-01)\n")
+    return path
+
+
+def releasing(*tag: str) -> Any:
+    """A session of ``nox -s release -- TAG``."""
+    return MagicMock(posargs=list(tag), error=MagicMock(side_effect=SessionError))
+
+
+def test_a_release_tests_the_wheel_of_its_package(noxfile: Any, package: Path) -> None:
+    given = releasing("turboquant-core-v1.2.3")
+    noxfile.release(given)
+    given.notify.assert_called_once_with("smoke(core)", posargs=())
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [
+        ((), "no tag"),
+        (("v1.2.3",), "tags are"),
+        (("turboquant-metal-v1.2.3",), "tags are"),
+        (("turboquant-core-v1.2",), "tags are"),
+        (("turboquant-core-v1.2.4",), "_version.py says 1.2.3"),
+    ],
+)
+def test_a_tag_that_names_no_release(noxfile: Any, package: Path, tag: tuple[str, ...], message: str) -> None:
+    given = releasing(*tag)
+    with pytest.raises(SessionError):
+        noxfile.release(given)
+    assert message in given.error.call_args[0][0]
+
+
+def test_a_release_is_in_the_changelog(noxfile: Any, package: Path) -> None:
+    (package / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 1.2.30\n")
+    given = releasing("turboquant-core-v1.2.3")
+    with pytest.raises(SessionError):
+        noxfile.release(given)
+    assert "no section 1.2.3" in given.error.call_args[0][0]
