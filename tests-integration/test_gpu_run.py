@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SECONDS = 8
+"""Enough for an interpreter to start on a busy machine."""
 TOLD = """
 import time
 try:
@@ -40,8 +42,8 @@ def test_a_failed_or_endless_step_stops_no_other(gpus: int, tmp_path: Path, monk
     steps = {
         "good": gpu_run.Step(("-c", show), 60, timed=True),
         "bad": gpu_run.Step(("-c", f"{show}; raise SystemExit(3)"), 60, timed=False),
-        "endless": gpu_run.Step(("-c", f"{show}; import time; time.sleep(600)"), 3, timed=False),
-        "told": gpu_run.Step(("-c", TOLD), 3, timed=False),
+        "endless": gpu_run.Step(("-c", f"{show}; import time; time.sleep(600)"), SECONDS, timed=False),
+        "told": gpu_run.Step(("-c", TOLD), SECONDS, timed=False),
     }
     monkeypatch.setattr(gpu_run, "STEPS", steps)
     outcomes = {outcome.name: outcome for outcome in gpu_run.run_all(list(steps), a_run(tmp_path, 60), gpus)}
