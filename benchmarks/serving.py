@@ -2,10 +2,12 @@
 
     python benchmarks/serving.py                     # a GPU with vLLM 0.26 or newer: Qwen3-8B's shape, random weights
     python benchmarks/serving.py --only bf16 turboquant-4bit --workloads 1x1K 32x8K   # part of it
+    python benchmarks/serving.py --minutes 12        # of all; the contenders that matter most come first
     python benchmarks/serving.py --soak 10           # minutes of random traffic over the small trained model instead
     python benchmarks/serving.py --quick             # a CPU: the small model, two short workloads, seconds of traffic
 
-Each contender runs in a process of its own. Time per token is taken while every request of a workload decodes; prefill
+Each contender runs in a process of its own, which is ended after ``--seconds`` or when ``--minutes`` are over; what it
+found by then stays. Time per token is taken while every request of a workload decodes; prefill
 is the time until the last of them has its first token. No prefix is cached. A workload that does not fit into the cache
 is skipped.
 
@@ -31,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from deadline import interruptible, started
 from report import commit, facts, table, write_json
 from serving_engine import QUICK, WORKLOADS, Setting, Workload, measure
 from serving_soak import soak
@@ -66,15 +69,19 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "turboquant-4bit": packed(4),
     "turboquant-3bit": packed(3),
     "turboquant-2bit": packed(2),
-    "turboquant-4bit-blocks-of-128": {**packed(4), "block_size": 128},
     "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
     "int4_per_token_head": {"attention_backend": "TRITON_ATTN", "kv_cache_dtype": "int4_per_token_head"},
+    "turboquant-4bit-blocks-of-128": {**packed(4), "block_size": 128},
 }
 QUICK_CONTENDERS: dict[str, dict[str, Any]] = {"bf16": {}, "turboquant-4bit": packed(4)}
 ON_REQUEST: dict[str, dict[str, Any]] = {
     "turboquant-3bit-windows": {**packed(3, sink_tokens=4, recent_tokens=24), "block_size": 512}
 }
 """Run only when ``--only`` names them."""
+STARTING_SECONDS = 300
+"""That a soak may need to start, to ask its probes and to let the last requests end."""
+LEAST_SECONDS = 30
+"""In which an engine of 8 billion parameters may start and answer at all."""
 CAPTURED = [1, 2, 4, 8, 16, 32]
 """Batches that CUDA graphs are captured for: those of the workloads, which keeps the start short."""
 
@@ -125,35 +132,41 @@ def check_names(option: str, chosen: list[str], offered: list[str]) -> None:
 
 
 def child(
-    name: str, arguments: argparse.Namespace, model: Path | None, keep: Callable[[dict[str, Any]], None]
+    name: str, arguments: argparse.Namespace, model: Path | None, keep: Callable[[dict[str, Any]], None], seconds: float
 ) -> dict[str, Any]:
-    """Run one contender; ``keep`` gets what is known so far each time that there is more.
+    """Run one contender for at most ``seconds``; ``keep`` gets what is known so far each time that there is more.
 
     Returns:
         The result; with the last lines of what was printed as ``error`` if the process failed: an old vLLM may lack a
         cache type.
     """
-    command = [sys.executable, __file__, "--one", name, "--soak", str(arguments.soak)]
-    command += ["--quick"] if arguments.quick else []
-    command += ["--model", str(model)] if model else []
-    command += ["--only", name] if not arguments.soak else []
-    command += ["--workloads", *arguments.workloads] if arguments.workloads else []
     log = Path(os.environ.get("OUT") or tempfile.mkdtemp(), f"serving-{name}.log")
     found: dict[str, Any] = {}
-    started = time.monotonic()
+    began = time.monotonic()
     print(f"{name}: starting, log in {log}", flush=True)
     with (
         log.open("w", encoding="utf-8") as sink,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, text=True) as process,
+        started(command(name, arguments, model), seconds, stdout=subprocess.PIPE, stderr=sink) as (process, late),
     ):
         for found in _results(process, sink):
-            print(f"{name}: {time.monotonic() - started:.0f} s: {_last_line(found)}", flush=True)
+            print(f"{name}: {time.monotonic() - began:.0f} s: {_last_line(found)}", flush=True)
             keep(found)
+        process.wait()
     if process.returncode:
-        found["error"] = log.read_text(encoding="utf-8")[-3000:]
+        reason = f"ended after {seconds:.0f} s" if late.is_set() else f"exit status {process.returncode}"
+        found["error"] = f"{reason}; the log ends with\n{log.read_text(encoding='utf-8')[-3000:]}"
         keep(found)
-        print(f"{name}: {time.monotonic() - started:.0f} s: failed, exit status {process.returncode}", flush=True)
+        print(f"{name}: {time.monotonic() - began:.0f} s: failed, {reason}", flush=True)
     return found
+
+
+def command(name: str, arguments: argparse.Namespace, model: Path | None) -> list[str]:
+    """Command line of a contender's process."""
+    words = [sys.executable, __file__, "--one", name, "--soak", str(arguments.soak)]
+    words += ["--quick"] if arguments.quick else []
+    words += ["--model", str(model)] if model else []
+    words += ["--only", name] if not arguments.soak else []
+    return [*words, *(["--workloads", *arguments.workloads] if arguments.workloads else [])]
 
 
 def _results(process: subprocess.Popen[str], sink: TextIO) -> Iterator[dict[str, Any]]:
@@ -188,8 +201,13 @@ def compare(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(QWEN3_8B))
         model = arguments.model or (TINY if arguments.quick else Path(folder))
+        end = time.monotonic() + 60 * arguments.minutes
         for name in names:
-            child(name, arguments, model, partial(keep, name))
+            seconds = min(arguments.seconds, end - time.monotonic())
+            if seconds < LEAST_SECONDS:
+                print(f"{name}: not started, {arguments.minutes:g} minutes are over", flush=True)
+                continue
+            child(name, arguments, model, partial(keep, name), seconds)
     print(summary(results))
     return {name: results.get(name, {"error": "no result"}) for name in names}
 
@@ -230,6 +248,10 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([table(["cache", "blocks", *columns], rows), *errors])
 
 
+def write_soak(out: Path, found: dict[str, Any]) -> None:
+    write_json(out, {"soak": found})
+
+
 def failed(results: dict[str, Any]) -> bool:
     """Whether a soak failed, or a run of ours in a comparison did not end."""
     if "soak" in results:
@@ -242,6 +264,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a CPU: small model, short workloads")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join([*CONTENDERS, *ON_REQUEST])}")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of them, 1x1K for instance")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of all contenders together")
+    parser.add_argument("--seconds", type=float, default=180.0, help="of each contender")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="random traffic instead of timing")
     parser.add_argument("--model", type=Path, help="folder of a model; timing needs its config.json only")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
@@ -250,10 +274,13 @@ def main() -> None:
     if arguments.one:
         run_one(arguments)
         return
+    interruptible()
     name = "serving_soak.json" if arguments.soak else "serving.json"
     out = arguments.out or HERE / "results" / (f"quick_{name}" if arguments.quick else name)
     if arguments.soak:
-        results = {"soak": child("soak", arguments, arguments.model, lambda found: write_json(out, {"soak": found}))}
+        limit = 60 * arguments.soak + STARTING_SECONDS
+        keep = partial(write_soak, out)
+        results = {"soak": child("soak", arguments, arguments.model, keep, limit)}
         print(json.dumps(results["soak"], indent=1))
     else:
         results = compare(arguments, out)

@@ -1,22 +1,28 @@
 """Before serving is timed on a GPU: does the plug-in start in vLLM there, and do its engines agree with one another?
 
     python benchmarks/serving_preflight.py --out results_here
+    python benchmarks/serving_preflight.py --out results_here --only eager graphs --seconds 60
 
 Engines of the small model in examples/models/tiny answer the same prompts: vLLM's own bf16 cache; packed pages eagerly,
-with CUDA graphs, in chunks with cached prefixes, and speculatively. Packed engines must give the eager one's text,
-except where two tokens were nearly tied. Each engine is a process of its own; its log is ``OUT/preflight-NAME.log``.
+with CUDA graphs of decoding steps alone, compiled with graphs of all steps (vLLM's default), in chunks with cached
+prefixes, and speculatively. Packed engines must give the eager one's text, except where two tokens were nearly tied.
+
+Each engine is a process of its own with ``--seconds`` to answer; its log is ``OUT/preflight-NAME.log``. How it ended is
+in ``OUT/preflight.json`` as soon as it has: an engine that hangs loses nothing that others found.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from deadline import interruptible, started
+from report import write_json
 from serving_soak import TIE
 
 HERE = Path(__file__).parent
@@ -25,15 +31,19 @@ PROMPT_LENGTHS = (5, 33, 400, 900)
 TOKENS = 32
 MARK = "ENGINE "
 PACKED = {"attention_backend": "FUSED_TURBOQUANT", "additional_config": {"turboquant": {"prefill": "packed"}}}
-GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
+SIZES = {"cudagraph_capture_sizes": [1, 4, 16]}
+"""Batches that graphs are captured for: one prompt, all four, and all four with three drafts each."""
+UNCOMPILED = {"compilation_config": {**SIZES, "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+COMPILED = {"compilation_config": SIZES}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 EAGER = "eager"
 ENGINES: dict[str, dict[str, Any]] = {
     "bf16": {"enforce_eager": True},
     EAGER: {**PACKED, "enforce_eager": True},
-    "graphs": {**PACKED, **GRAPHS},
-    "chunked": {**PACKED, **GRAPHS, "max_num_batched_tokens": 256, "enable_prefix_caching": True},
-    "speculative": {**PACKED, **GRAPHS, "speculative_config": NGRAM},
+    "graphs": {**PACKED, **UNCOMPILED},
+    "chunked": {**PACKED, **UNCOMPILED, "max_num_batched_tokens": 256, "enable_prefix_caching": True},
+    "compiled": {**PACKED, **COMPILED},
+    "speculative": {**PACKED, **UNCOMPILED, "speculative_config": NGRAM},
 }
 
 
@@ -63,21 +73,25 @@ def answer(settings: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def ask(name: str, out: Path) -> list[dict[str, Any]]:
+def ask(name: str, out: Path, seconds: float) -> list[dict[str, Any]]:
     """:func:`answer` of a process of its own.
 
     Raises:
-        RuntimeError: it ended without one; its last lines.
+        RuntimeError: it ended without one, or had none after ``seconds``; its last lines.
     """
     log = out / f"preflight-{name}.log"
-    with log.open("w") as sink:
-        subprocess.run([sys.executable, __file__, "--engine", name], stdout=sink, stderr=sink, check=False)
+    command = [sys.executable, "-u", __file__, "--engine", name]
+    # The engine in the process itself: another one would import vLLM again.
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with log.open("w") as sink, started(command, seconds, stdout=sink, stderr=sink, env=environment) as (process, late):
+        process.wait()
     text = log.read_text(errors="replace")
     for line in text.splitlines():
         if line.startswith(MARK):
             found: list[dict[str, Any]] = json.loads(line.removeprefix(MARK))
             return found
-    raise RuntimeError(text[-3000:])
+    reason = f"no answer after {seconds:.0f} s" if late.is_set() else f"exit status {process.returncode}"
+    raise RuntimeError(f"{reason}; the log ends with\n{text[-3000:]}")
 
 
 def leads(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> list[float]:
@@ -92,40 +106,52 @@ def leads(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> list[flo
     return found
 
 
-def check(name: str, answers: dict[str, Any], out: Path) -> str:
+def check(name: str, answers: dict[str, Any], out: Path, seconds: float) -> str:
     """What one engine did; raises where its text is not the eager packed engine's up to ties."""
-    started = time.perf_counter()
-    answers[name] = ask(name, out)
-    seconds = f"{time.perf_counter() - started:.0f} s"
+    answers[name] = ask(name, out, seconds)
     if name == "bf16" or EAGER not in answers:
-        return seconds
+        return "answered"
     against = "bf16" if name == EAGER and "bf16" in answers else EAGER
     parted = leads(answers[against], answers[name])
-    told = f"{seconds}; {len(PROMPT_LENGTHS) - len(parted)} of {len(PROMPT_LENGTHS)} texts as {against}'s"
-    if against == EAGER and any(lead > TIE for lead in parted):
-        raise RuntimeError(f"{told}; it parts where the expected token led by {max(parted):.2f} nats, no tie")
+    told = f"{len(PROMPT_LENGTHS) - len(parted)} of {len(PROMPT_LENGTHS)} texts as {against}'s"
+    if not parted:
+        return told
+    told += f"; they part where the expected token led by {max(parted):.2f} nats at most"
+    if against == EAGER and max(parted) > TIE:
+        raise RuntimeError(f"{told}, no tie")
     return told
+
+
+def check_all(names: list[str], out: Path, seconds: float) -> bool:
+    """Whether every engine passed; what each did is printed and written as soon as it ended."""
+    answers: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    for name in names:
+        began = time.perf_counter()
+        try:
+            result = {"passed": True, "told": check(name, answers, out, seconds)}
+        except RuntimeError as error:
+            result = {"passed": False, "told": str(error)}
+        results[name] = {**result, "seconds": time.perf_counter() - began}
+        write_json(out / "preflight.json", results)
+        verdict = "passed" if result["passed"] else "failed"
+        print(f"{name}: {verdict}, {results[name]['seconds']:.0f} s: {result['told']}", flush=True)
+    return all(result["passed"] for result in results.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of the logs")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of the logs and of preflight.json")
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--seconds", type=float, default=90.0, help="that an engine has to answer")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.engine:
         print(MARK + json.dumps(answer(ENGINES[arguments.engine])), flush=True)
         return
+    interruptible()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    answers: dict[str, Any] = {}
-    failures = 0
-    for name in arguments.only:
-        try:
-            print(f"{name}: passed, {check(name, answers, arguments.out)}", flush=True)
-        except RuntimeError as error:
-            failures += 1
-            print(f"{name}: failed: {error}", flush=True)
-    sys.exit(int(failures > 0))
+    sys.exit(int(not check_all(arguments.only, arguments.out, arguments.seconds)))
 
 
 if __name__ == "__main__":
