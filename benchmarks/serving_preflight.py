@@ -5,7 +5,8 @@
 
 Engines of the small model in examples/models/tiny answer the same prompts: vLLM's own bf16 cache; packed pages eagerly,
 with CUDA graphs of decoding steps alone, compiled with graphs of all steps (vLLM's default), in chunks with cached
-prefixes, and speculatively. Packed engines must give the eager one's text, except where two tokens were nearly tied.
+prefixes, speculatively, by vLLM's first model runner, and after sleep. Packed engines must give the eager one's text,
+except where two tokens were nearly tied.
 
 Each engine is a process of its own with ``--seconds`` to answer; its log is ``OUT/preflight-NAME.log``. How it ended is
 in ``OUT/preflight.json`` as soon as it has: an engine that hangs loses nothing that others found.
@@ -44,11 +45,14 @@ ENGINES: dict[str, dict[str, Any]] = {
     "chunked": {**PACKED, **UNCOMPILED, "max_num_batched_tokens": 256, "enable_prefix_caching": True},
     "compiled": {**PACKED, **COMPILED},
     "speculative": {**PACKED, **UNCOMPILED, "speculative_config": NGRAM},
+    "first-runner": {**PACKED, **UNCOMPILED},
+    "sleep": {**PACKED, "enforce_eager": True, "enable_sleep_mode": True},
 }
+VARIABLES = {"first-runner": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 
 
 def answer(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Greedy tokens and logprobs of each prompt, asked twice: the second time a prefix may be cached."""
+    """Greedy tokens and logprobs of each prompt, asked twice: then a prefix may be cached, or the engine has slept."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -60,8 +64,11 @@ def answer(settings: dict[str, Any]) -> list[dict[str, Any]]:
         {"prompt_token_ids": [5 + (17 * (number + 1) * at + at * at) % 4000 for at in range(length)]}
         for number, length in enumerate(PROMPT_LENGTHS)
     ]
-    for _ in range(2):
-        results = engine.generate(prompts, sampling, use_tqdm=False)
+    engine.generate(prompts, sampling, use_tqdm=False)
+    if "enable_sleep_mode" in settings:
+        engine.sleep(level=1)
+        engine.wake_up()
+    results = engine.generate(prompts, sampling, use_tqdm=False)
     return [
         {
             "tokens": list(result.outputs[0].token_ids),
@@ -82,7 +89,7 @@ def ask(name: str, out: Path, seconds: float) -> list[dict[str, Any]]:
     log = out / f"preflight-{name}.log"
     command = [sys.executable, "-u", __file__, "--engine", name]
     # The engine in the process itself: another one would import vLLM again.
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **VARIABLES.get(name, {})}
     with log.open("w") as sink, started(command, seconds, stdout=sink, stderr=sink, env=environment) as (process, late):
         process.wait()
     text = log.read_text(errors="replace")
