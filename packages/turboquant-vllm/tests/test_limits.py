@@ -9,7 +9,7 @@ import pytest
 
 from turboquant_core.preset import Fingerprint, Preset, save_preset
 from turboquant_vllm.errors import OptionError, UnsupportedError
-from turboquant_vllm.limits import check_equal_pages, check_page
+from turboquant_vllm.limits import check_engine, check_equal_pages, check_page
 from turboquant_vllm.options import read_options
 from turboquant_vllm.setup import engine_options, is_draft
 
@@ -93,3 +93,21 @@ def test_a_draft_model_gets_the_default_bits(preset: dict[str, Any]) -> None:
     # Drafts by n-grams: vLLM names the model itself as its draft model.
     speculative.draft_model_config = target.model_config
     assert not is_draft(target)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cache", "message"),
+    [
+        ({"decode_context_parallel_size": 2}, {}, "decode_context_parallel_size is 2; packed pages work with 1"),
+        ({"prefill_context_parallel_size": 4}, {}, "prefill_context_parallel_size is 4; packed pages work with 1"),
+        ({"use_ubatching": True}, {}, r"\(--enable-dbo\) do not work over packed pages: drop it"),
+        ({}, {"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill does not work over packed pages: drop it"),
+    ],
+)
+def test_ways_to_run_a_step_are_refused_by_name(parallel: dict[str, Any], cache: dict[str, Any], message: str) -> None:
+    config = engine({})
+    config.parallel_config, config.cache_config = SimpleNamespace(), SimpleNamespace()
+    check_engine(config)
+    config.parallel_config, config.cache_config = SimpleNamespace(**parallel), SimpleNamespace(**cache)
+    with pytest.raises(UnsupportedError, match=message):
+        check_engine(config)

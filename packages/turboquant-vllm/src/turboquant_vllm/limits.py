@@ -41,7 +41,11 @@ def check_sliding_window() -> None:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raise ``UnsupportedError`` for parallelism that splits a sequence over ranks, and for hybrids below 0.28."""
+    """Raise ``UnsupportedError`` for hybrids below 0.28, and for steps that attention here knows nothing of.
+
+    These are sequences split over ranks, steps run as two that overlap, and prompts of which layers that share pages
+    see the last token only.
+    """
     from .compat import backend_sizes_pages
 
     if getattr(vllm_config.model_config, "is_hybrid", False) and not backend_sizes_pages():
@@ -53,6 +57,10 @@ def check_engine(vllm_config: Any) -> None:
         size = getattr(parallel, name, 1)
         if size > 1:
             raise UnsupportedError(f"{name} is {size}; packed pages work with 1: use tensor parallelism")
+    if getattr(parallel, "use_ubatching", False):
+        raise UnsupportedError("steps split in two that overlap (--enable-dbo) do not work over packed pages: drop it")
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        raise UnsupportedError("--kv-sharing-fast-prefill does not work over packed pages: drop it")
 
 
 def check_equal_pages(options: Options, vllm_config: Any) -> None:

@@ -145,8 +145,15 @@ def test_bad_options_stop_the_start(engines: Engines, options: dict[str, Any], m
     assert message in engines.refusal(options)
 
 
-def test_a_quantized_cache_type_is_refused(engines: Engines) -> None:
-    assert "packed pages replace --kv-cache-dtype fp8" in engines.refusal({}, kv_cache_dtype="fp8")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "packed pages replace --kv-cache-dtype fp8"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill does not work over packed pages"),
+    ],
+)
+def test_what_vllm_would_do_otherwise_is_refused(engines: Engines, arguments: dict[str, Any], message: str) -> None:
+    assert message in engines.refusal({}, **arguments)
 
 
 @pytest.mark.parametrize(
