@@ -161,8 +161,15 @@ def run_lane(names: list[str], run: Run, gpu: int) -> list[Outcome]:
     return outcomes
 
 
+def heed_interrupts() -> None:
+    """Jobs that a shell starts in the background ignore SIGINT, and so would the steps, which are told to end by it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_all(names: list[str], run: Run, gpus: int) -> list[Outcome]:
     """All steps, in two lanes where there are two GPUs."""
+    heed_interrupts()
     timed = [name for name in names if STEPS[name].timed]
     lanes = [names] if gpus < 2 else [timed, [name for name in names if name not in timed]]
     with ThreadPoolExecutor(len(lanes)) as pool:

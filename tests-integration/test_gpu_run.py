@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 8
+SECONDS = 4
 """Enough for an interpreter to start on a busy machine."""
 TOLD = """
 import time
@@ -27,6 +29,13 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+@pytest.fixture
+def keep_interrupts() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def a_run(out: Path, seconds: float) -> Any:
     import gpu_run
 
@@ -34,9 +43,14 @@ def a_run(out: Path, seconds: float) -> Any:
 
 
 @pytest.mark.usefixtures("benchmarks")
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_a_failed_or_endless_step_stops_no_other(gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gpus", "interrupts"), [(1, signal.default_int_handler), (2, signal.SIG_IGN)])
+def test_a_failed_or_endless_step_stops_no_other(
+    gpus: int, interrupts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_interrupts: None
+) -> None:
+    """Also in a shell's background job, where interrupts are ignored."""
     import gpu_run
+
+    signal.signal(signal.SIGINT, interrupts)
 
     show = "import os; print('gpu', os.environ['CUDA_VISIBLE_DEVICES'], '{out}', flush=True)"
     steps = {
