@@ -101,10 +101,12 @@ def attention(
 
 def check(past: WindowedPast, held: torch.Tensor, starts: list[int], q_len: int, **options: Any) -> None:
     query = torch.randn(len(held), 4, q_len, 32, generator=torch.Generator().manual_seed(9))
-    got = past.attend(query, scaling=0.3, seq_starts=torch.tensor(starts).int(), **options)
     out, lse = attention(query, held, starts, past.packed.codec.key.center, **options)
-    torch.testing.assert_close(got.out.double(), out, rtol=0, atol=2e-5)
-    torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=2e-5)
+    # Without padding, a single query takes another way.
+    for seq_starts in [torch.tensor(starts).int()] + [None] * (not any(starts)):
+        got = past.attend(query, scaling=0.3, seq_starts=seq_starts, **options)
+        torch.testing.assert_close(got.out.double(), out, rtol=0, atol=2e-5)
+        torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=2e-5)
 
 
 OPERATION = st.one_of(
@@ -168,6 +170,32 @@ def test_centred_keys(windows: Windows) -> None:
         sequences.append(keys + CENTER.unsqueeze(1), values)
         model.append(keys + CENTER.unsqueeze(1), values)
         check(sequences.past(), model.held([0, 0]), [0, 0], min(2, tokens))
+
+
+@pytest.mark.parametrize(
+    ("center", "options"),
+    [
+        (None, {}),
+        (CENTER, {}),
+        (None, {"softcap": 2.0}),
+        (None, {"sinks": torch.tensor([0.5, -3.0, 90.0, -200.0])}),
+    ],
+)
+def test_a_step_without_padding(center: torch.Tensor | None, options: dict[str, Any]) -> None:
+    sequences = store(Windows(recent_tokens=5), batch=3, center=center)
+    model = Model(sequences)
+    for tokens in (19, 1, 1, 1):
+        pair = vectors(3, tokens, tokens)
+        for one in (sequences, model):
+            one.append(*pair)
+        # An extreme packed part must neither vanish nor overflow.
+        for scale in (1, 60):
+            past = sequences.past()
+            query = scale * torch.randn(3, 4, 1, 32, generator=torch.Generator().manual_seed(2))
+            got = past.attend(query, scaling=0.3, **options)
+            out, lse = attention(query, model.held([0, 0, 0]), [0, 0, 0], center, **options)
+            torch.testing.assert_close(got.out.double(), out, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-4)
 
 
 def test_a_range_is_read_across_both_borders() -> None:

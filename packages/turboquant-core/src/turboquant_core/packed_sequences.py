@@ -321,5 +321,10 @@ class PackedSequences:
         return pages + torch.arange(batch, dtype=torch.int32, device=self.device).unsqueeze(1)
 
     def _slots(self, start: int, stop: int) -> Tensor:
+        if stop == start + 1:
+            # Page p of sequence b is p * batch + b, so that one token each takes no look-up.
+            page, offset = divmod(start, self.layout.page_size)
+            size = self.batch * self.layout.page_size
+            return torch.arange(page * size + offset, (page + 1) * size, self.layout.page_size, device=self.device)
         position = torch.arange(start, stop, device=self.device)
         return slots_at(self._block_table, position, self.layout.page_size).flatten()

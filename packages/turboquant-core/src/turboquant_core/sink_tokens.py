@@ -35,7 +35,8 @@ class SinkTokens:
 
     def place(self, starts: Tensor | None, length: int | Tensor) -> None:
         """Learn first visible positions; only of sequences of which nothing among the ``length`` tokens is visible."""
-        self.starts = self.starts * (length != 0)
+        if not isinstance(length, int) or length == 0:
+            self.starts = self.starts * (length != 0)
         if starts is not None:
             self.starts = torch.where(self.starts >= length, starts.to(self.starts), self.starts)
 

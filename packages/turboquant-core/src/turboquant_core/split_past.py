@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .codec import CacheCodec
 from .dense import attend_dense
+from .dense_step import add_tokens
 from .merge import merge_attended
 from .packed_sequences import PackedPast
 from .provider import Attended, Gathered
@@ -88,11 +89,18 @@ class SplitPast(ABC):
         self.packed.check_query(query, self.length)
         if not self.sinks.count and not self.recent_tokens:
             return self._attend_pages(query, seq_starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
+        if seq_starts is None and window is None and query.shape[2] == 1 and self._is_plain():
+            packed = self.packed.attend(query, scaling=scaling, softcap=softcap)
+            return add_tokens(packed, query, *self._exact(), scaling=scaling, softcap=softcap, sinks=sinks)
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
         exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
         if isinstance(self.border, int) and self.border == 0:
             return exact
         return merge_attended(self._attend_packed(query, starts, window, scaling=scaling, softcap=softcap), exact)
+
+    def _is_plain(self) -> bool:
+        """Whether a last query that sees everything sees the packed tokens, one at least, and then the recent ones."""
+        return not self.sinks.count and isinstance(self.border, int) and self.border > 0
 
     def query_positions(self, q_len: int) -> Tensor:
         """Positions int64 ``[q_len]`` of queries that stand at the end."""
@@ -109,15 +117,19 @@ class SplitPast(ABC):
         sinks: Tensor | None,
     ) -> Attended:
         """Over the sinks that are not recent too, and the recent tokens."""
-        recent, recent_at = self.recent_at()
-        keys, values = (torch.cat(pair, 2) for pair in zip(self.sinks.kept, recent, strict=True))
-        center = self.packed.codec.key.center
-        if center is not None:
-            # Packed scores lack the centre, and both parts must lack it to be merged.
-            keys = keys.float() - center.unsqueeze(1)
-        visible = self._visible(recent_at, starts, window, query.shape[2])
-        out, lse = attend_dense(query, keys, values, visible, scaling=scaling, softcap=softcap, sinks=sinks)
+        visible = self._visible(self.recent_at()[1], starts, window, query.shape[2])
+        out, lse = attend_dense(query, *self._exact(), visible, scaling=scaling, softcap=softcap, sinks=sinks)
         return Attended(out.to(query.dtype), lse)
+
+    def _exact(self) -> Gathered:
+        """Keys, without their centre, and values of the sinks and of the recent window."""
+        recent, _ = self.recent_at()
+        keys, values = recent
+        if self.sinks.count:
+            keys, values = (torch.cat(pair, 2) for pair in zip(self.sinks.kept, recent, strict=True))
+        center = self.packed.codec.key.center
+        # Packed scores lack the centre, and both parts must lack it to be merged.
+        return Gathered(keys if center is None else keys.float() - center.unsqueeze(1), values)
 
     def _visible(self, recent_at: Tensor, starts: Tensor, window: int | None, q_len: int) -> Tensor:
         """Bool ``[batch, q_len, sinks + recent]``."""

@@ -168,14 +168,22 @@ class WindowedSequences:
         keys, values = (x.to(self.packed.dtype) for x in (keys, values))
         self.sinks.place(seq_starts, self.length)
         self.sinks.take(keys, values, self.length)
-        held = Gathered(*(torch.cat(pair, 2) for pair in zip(self.recent, (keys, values), strict=True)))
         kept = self.windows.unpacked(self.length + keys.shape[2], self.packed.length)
-        leaving = held.keys.shape[2] - kept
+        leaving = self.recent.keys.shape[2] + keys.shape[2] - kept
+        if leaving <= self.recent.keys.shape[2]:
+            self._shift(leaving, keys, values)
+            return
+        held = [torch.cat(pair, 2) for pair in zip(self.recent, (keys, values), strict=True)]
+        self.packed.append(*(x[:, :, :leaving] for x in held))
+        # A view would keep the whole prompt alive.
+        self.recent = Gathered(*(x[:, :, leaving:].clone() for x in held))
+
+    def _shift(self, leaving: int, keys: Tensor, values: Tensor) -> None:
+        """Pack the first ``leaving`` recent tokens and add new ones, with no copy but the window's own."""
         if leaving:
-            self.packed.append(held.keys[:, :, :leaving], held.values[:, :, :leaving])
-            # A view would keep the whole prompt alive.
-            held = Gathered(*(x[:, :, leaving:].clone() for x in held))
-        self.recent = held
+            self.packed.append(*(x[:, :, :leaving] for x in self.recent))
+        pairs = zip(self.recent, (keys, values), strict=True)
+        self.recent = Gathered(*(torch.cat((old[:, :, leaving:], new), 2) for old, new in pairs))
 
     def adopt_exact(
         self, recent_keys: Tensor, recent_values: Tensor, sink_keys: Tensor, sink_values: Tensor, sink_starts: Tensor
