@@ -1,9 +1,10 @@
 """Greedy text over packed caches against full precision, token by token.
 
 Each prompt is a piece of TEXT. Full precision writes greedily; a packed cache then reads the same prompt and the same
-written tokens, one at a time. Reported are two senses of equal: the share of steps whose most likely token is the one
-that full precision wrote (the tokens before it being the same), and how many tokens a free run would write before its
-first difference, which is where the first of these steps fails.
+written tokens, one at a time, and at last writes by itself. Reported are three senses of equal: the share of steps
+whose most likely token is the one that full precision wrote (the tokens before it being the same), how many tokens a
+free run writes before its first difference, and the share of equal tokens in equal places of a free run, where a text
+that has taken another turn agrees by chance only.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def next_tokens(model: Any, ids: Tensor, cache: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def write(model: Any, prompts: Tensor, tokens: int) -> Tensor:
-    """Greedy tokens of full precision: ``[batch, tokens]`` after prompts ``[batch, length]``."""
-    cache = stock_cache(model)
+def write(model: Any, prompts: Tensor, tokens: int, cache: Any = None) -> Tensor:
+    """Greedy tokens over an empty cache, else full precision: ``[batch, tokens]`` after prompts ``[batch, length]``."""
+    cache = stock_cache(model) if cache is None else cache
     written = [next_tokens(model, prompts, cache)]
     while len(written) < tokens:
         written.append(next_tokens(model, written[-1], cache))
@@ -64,8 +65,8 @@ def agreement(model: Any, cache: Any, prompts: Tensor, written: Tensor) -> Tenso
     return torch.cat(found, dim=1) == written[:, 1:]
 
 
-def figures(equal: Tensor) -> dict[str, Any]:
-    """Both senses of equal, of bool ``[prompts, steps]``."""
+def figures(equal: Tensor, free: Tensor) -> dict[str, Any]:
+    """The senses of equal, of bool ``[prompts, steps]`` over the same text and in a free run."""
     prefixes = equal.long().cumprod(1).sum(1)
     return {
         "prompts": len(equal),
@@ -74,7 +75,20 @@ def figures(equal: Tensor) -> dict[str, Any]:
         "identical_texts": int(equal.all(1).sum()),
         "mean_equal_prefix": float(prefixes.double().mean()),
         "shortest_equal_prefix": int(prefixes.min()),
+        "same_place_in_a_free_run": float(free.double().mean()),
     }
+
+
+def compare(
+    model: Any, options: dict[str, Any], prompts: tuple[Tensor, ...], texts: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Bool ``[prompts, steps]``: agreement over the texts that full precision wrote, and in a free run."""
+    equal, free = [], []
+    for group, written in zip(prompts, texts, strict=True):
+        equal.append(agreement(model, patch_model(model, verify=False, **options), group, written))
+        alone = write(model, group, written.shape[1], patch_model(model, verify=False, **options))
+        free.append((alone == written)[:, 1:])
+    return torch.cat(equal), torch.cat(free)
 
 
 def parse() -> argparse.Namespace:
@@ -116,11 +130,8 @@ def main() -> None:
     results: dict[str, Any] = {"model": arguments.model.resolve().name, "dtype": "float32", "caches": {}}
     for name, options in caches(arguments.bits, arguments.sinks, arguments.recent).items():
         start = time.perf_counter()
-        equal = [
-            agreement(model, patch_model(model, verify=False, **options), group, written)
-            for group, written in zip(prompts, texts, strict=True)
-        ]
-        results["caches"][name] = figures(torch.cat(equal))
+        equal, free = compare(model, options, prompts, texts)
+        results["caches"][name] = figures(equal, free)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         write_json(arguments.json or HERE / "results" / f"text_{results['model']}.json", results, arguments.device)
     columns = list(next(iter(results["caches"].values())))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from lab_text import agreement, figures, pieces, write  # noqa: E402
+from lab_text import agreement, compare, figures, pieces, write  # noqa: E402
 from retrieval import answers, batches  # noqa: E402
 
 from turboquant_hf import TurboQuantCache, patch_model, unpatch_model  # noqa: E402
@@ -65,15 +65,25 @@ def test_sequences_of_a_batch_are_measured_as_if_alone(model: Any, prompts: Tens
     assert together.shape == (len(prompts), TOKENS - 1)
 
 
+def test_a_free_run_differs_first_where_agreement_fails_first(model: Any, prompts: Tensor, written: Tensor) -> None:
+    options = {"bits": 2, "recent_tokens": 0}
+    equal, free = compare(model, options, prompts.split(2), list(written.split(2)))
+    prefixes = [x.long().cumprod(1).sum(1).tolist() for x in (equal, free)]
+    assert prefixes[0] == prefixes[1]
+    assert not free.all()
+
+
 def test_figures_are_those_of_the_steps() -> None:
     equal = torch.tensor([[True, True, True], [True, False, True], [False, True, True]])
-    assert figures(equal) == {
+    free = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    assert figures(equal, free) == {
         "prompts": 3,
         "tokens": 9,
         "same_top": pytest.approx(7 / 9),
         "identical_texts": 1,
         "mean_equal_prefix": pytest.approx(4 / 3),
         "shortest_equal_prefix": 0,
+        "same_place_in_a_free_run": pytest.approx(4 / 9),
     }
 
 
