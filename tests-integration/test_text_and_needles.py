@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,17 @@ def test_needles_of_one_batch_are_equally_long() -> None:
     rows = [{"length": n, "prompt_ids": [0] * n, "answer_ids": [0]} for n in (5, 3, 5, 5, 3)]
     sizes = [[row["length"] for row in group] for group in batches(rows, 2)]
     assert sizes == [[5, 5], [5], [3, 3]]
+
+
+def test_the_page_says_what_the_file_says() -> None:
+    caches = json.loads((ROOT / "benchmarks" / "results" / "text_lab.json").read_text())["results"]["caches"]
+    page = " ".join((ROOT / "docs" / "hf.md").read_text(encoding="utf-8").split())
+    four, three = caches["4 bit"], caches["3 bit"]
+    assert four["same_top"] >= 0.95
+    for sentence in (
+        f"Of the {four['tokens']} that a cache decides",
+        f"{four['same_top']:.1%} at 4 bits and {three['same_top']:.1%} at 3".replace("%", " %"),
+        f"{four['mean_equal_prefix']:.2f} tokens on average at 4 bits, {three['mean_equal_prefix']:.2f} at 3",
+        f"{four['same_place_in_a_free_run']:.0%} and {three['same_place_in_a_free_run']:.0%}".replace("%", " %"),
+    ):
+        assert sentence in page
