@@ -102,7 +102,6 @@ def test_commands_have_what_the_run_gives(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("benchmarks")
 def test_a_cut_run_keeps_its_failures(tmp_path: Path) -> None:
     """The plug-in writes them as they happen, once, also where workers report them."""
-
     (tmp_path / "test_it.py").write_text("def test_bad():\n    assert 1 == 2\n\ndef test_good():\n    pass\n")
     run = a_run(tmp_path, 0)
     for workers in ([], ["-n", "2"]):
