@@ -9,17 +9,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from typing import Any
 
-Running: TypeAlias = tuple[subprocess.Popen[str], threading.Event]
+
+def heed_interrupts() -> None:
+    """Let SIGINT end this process and its children, which a shell's job in the background ignores."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interruptible() -> None:
-    """Let SIGINT and SIGTERM end this process by an exception, so that blocks of :func:`started` end their children.
-
-    A process that a script started in the background ignores SIGINT.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let SIGINT and SIGTERM end this process by an exception, so that blocks of :func:`started` end their children."""
+    heed_interrupts()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
@@ -42,7 +43,7 @@ def started(
 
         def end() -> None:
             late.set()
-            _kill(process)
+            kill_group(process)
 
         timer = threading.Timer(seconds, end)
         timer.start()
@@ -51,9 +52,10 @@ def started(
         finally:
             timer.cancel()
             # An engine's own processes outlive one that failed, and hold its memory.
-            _kill(process)
+            kill_group(process)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a group of its own, with all that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

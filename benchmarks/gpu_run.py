@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from deadline import heed_interrupts, kill_group
 from report import table
 
 ROOT = Path(__file__).parents[1]
@@ -125,8 +126,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(LAST_WORDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_group(process)
     process.wait()
 
 
@@ -161,14 +161,9 @@ def run_lane(names: list[str], run: Run, gpu: int) -> list[Outcome]:
     return outcomes
 
 
-def heed_interrupts() -> None:
-    """Jobs that a shell starts in the background ignore SIGINT, and so would the steps, which are told to end by it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def run_all(names: list[str], run: Run, gpus: int) -> list[Outcome]:
     """All steps, in two lanes where there are two GPUs."""
+    # Steps inherit it, and are told to end by SIGINT.
     heed_interrupts()
     timed = [name for name in names if STEPS[name].timed]
     lanes = [names] if gpus < 2 else [timed, [name for name in names if name not in timed]]
