@@ -13,7 +13,6 @@ from torch import Tensor
 
 from turboquant_core import Codec, ReferenceProvider, VectorLayout
 from turboquant_core.codec import KEY_STREAM, VALUE_STREAM
-from turboquant_core.layout import SCALE_BYTES
 from turboquant_core.outliers import OUTLIER_FRACTION, TurboQuantOutliers, outlier_channels
 from turboquant_core.preset import Preset
 from turboquant_core.scale import CACHE_RULE, ScaleRule
@@ -58,15 +57,13 @@ class Outliers:
     """The paper's split of channels: one quantizer for each layer and KV head."""
 
     quantizers: list[list[TurboQuantOutliers]]
-    bits: tuple[int, int]
 
     def __call__(self, x: Tensor, layer: int) -> Tensor:
         heads = zip(x.unbind(1), self.quantizers[layer], strict=True)
         return torch.stack([quantizer.decode(quantizer.encode(head)) for head, quantizer in heads], 1)
 
     def vector_bytes(self, head_dim: int, layer: int) -> float:
-        loud = round(OUTLIER_FRACTION * head_dim)
-        return (loud * self.bits[0] + (head_dim - loud) * self.bits[1]) / 8 + 2 * SCALE_BYTES
+        return self.quantizers[layer][0].vector_bytes
 
 
 @dataclass(frozen=True)
@@ -244,7 +241,7 @@ class Codecs:
                 channels = outlier_channels(head.sqrt().unsqueeze(0), count)
                 return TurboQuantOutliers(channels, self.head_dim, bits, seed, device, scale_rule="unbiased")
 
-            return Outliers([[of_head(head) for head in layer] for layer in energy], bits)
+            return Outliers([[of_head(head) for head in layer] for layer in energy])
 
         keys, values = self.calibration.key_energy, self.calibration.value_energy
         return Method(name, coded(keys, KEY_STREAM), coded(values, VALUE_STREAM))

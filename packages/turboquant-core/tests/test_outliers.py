@@ -31,6 +31,7 @@ def test_channels_with_the_most_energy_are_found() -> None:
 def test_true_bytes(bits: tuple[int, int], nbytes: int) -> None:
     quantizer = TurboQuantOutliers(LOUD, 128, bits)
     packed = quantizer.encode(keys(5, 2.0).half())
+    assert quantizer.vector_bytes == nbytes
     assert packed.nbytes == 5 * nbytes
     assert packed.bits_per_coordinate == nbytes / 16
     decoded = quantizer.decode(packed)

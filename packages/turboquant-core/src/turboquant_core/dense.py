@@ -13,6 +13,11 @@ def scaling_of(query: Tensor, scaling: float | None) -> float:
     return float(query.shape[-1] ** -0.5) if scaling is None else scaling
 
 
+def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """``c * tanh(score / c)`` for the cap ``c``; the scores themselves for None."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def attend_dense(
     query: Tensor,
     keys: Tensor,
@@ -40,9 +45,7 @@ def attend_dense(
     """
     kv_heads = keys.shape[1]
     grouped = query.float().unflatten(1, (kv_heads, -1))
-    scores = scaling * (grouped @ keys.float().transpose(-1, -2).unsqueeze(2))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = soft_capped(scaling * (grouped @ keys.float().transpose(-1, -2).unsqueeze(2)), softcap)
     hidden = ~visible[:, None, None]
     scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dense import soft_capped
 from .provider import Attended
 
 
@@ -37,9 +38,7 @@ def add_tokens(
     batch, kv_heads, length, _ = keys.shape
     grouped = (batch, kv_heads, -1)
     scores = (query.float() * scaling).reshape(*grouped, query.shape[3]) @ keys.float().transpose(-1, -2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    columns = [scores, part.lse.reshape(*grouped, 1)]
+    columns = [soft_capped(scores, softcap), part.lse.reshape(*grouped, 1)]
     if sinks is not None:
         columns.append(sinks.float().view(1, kv_heads, -1, 1).expand(batch, -1, -1, -1))
     log_weights = torch.log_softmax(torch.cat(columns, -1), -1)

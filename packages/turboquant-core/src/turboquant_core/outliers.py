@@ -114,6 +114,11 @@ class TurboQuantOutliers:
             for index, width in zip((channels, rest), bits, strict=True)
         )
 
+    @property
+    def vector_bytes(self) -> int:
+        """True bytes of one vector: codes and both scales."""
+        return sum(part.codec.layout.nbytes for part in self._parts)
+
     def encode(self, x: Tensor) -> SplitTensor:
         """Pack float ``[..., head_dim]``.
 

@@ -91,7 +91,8 @@ class SplitPast(ABC):
             return self._attend_pages(query, seq_starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
         if seq_starts is None and window is None and query.shape[2] == 1 and self._is_plain():
             packed = self.packed.attend(query, scaling=scaling, softcap=softcap)
-            return add_tokens(packed, query, *self._exact(), scaling=scaling, softcap=softcap, sinks=sinks)
+            tokens = self._exact(self.recent_at()[0])
+            return add_tokens(packed, query, *tokens, scaling=scaling, softcap=softcap, sinks=sinks)
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
         exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
         if isinstance(self.border, int) and self.border == 0:
@@ -117,13 +118,13 @@ class SplitPast(ABC):
         sinks: Tensor | None,
     ) -> Attended:
         """Over the sinks that are not recent too, and the recent tokens."""
-        visible = self._visible(self.recent_at()[1], starts, window, query.shape[2])
-        out, lse = attend_dense(query, *self._exact(), visible, scaling=scaling, softcap=softcap, sinks=sinks)
+        recent, recent_at = self.recent_at()
+        visible = self._visible(recent_at, starts, window, query.shape[2])
+        out, lse = attend_dense(query, *self._exact(recent), visible, scaling=scaling, softcap=softcap, sinks=sinks)
         return Attended(out.to(query.dtype), lse)
 
-    def _exact(self) -> Gathered:
-        """Keys, without their centre, and values of the sinks and of the recent window."""
-        recent, _ = self.recent_at()
+    def _exact(self, recent: Gathered) -> Gathered:
+        """Keys, without their centre, and values of the sinks and of the ``recent`` window."""
         keys, values = recent
         if self.sinks.count:
             keys, values = (torch.cat(pair, 2) for pair in zip(self.sinks.kept, recent, strict=True))
