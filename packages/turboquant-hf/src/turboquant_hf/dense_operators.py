@@ -20,7 +20,7 @@ def densely(value: Any) -> Any:
 
 
 class DenseOperators(ABC):
-    """Attributes, methods and operators are those of the dense tensor."""
+    """Attributes, methods, operators and functions are those of the dense tensor."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -31,6 +31,16 @@ class DenseOperators(ABC):
 
     def __neg__(self) -> Tensor:
         return -self.dense()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return func(*densely(args), **{name: densely(value) for name, value in (kwargs or {}).items()})
 
 
 def _forwarded(name: str) -> Callable[..., Any]:

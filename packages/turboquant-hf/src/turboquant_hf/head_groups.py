@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .dense_operators import DenseOperators, densely
+from .dense_operators import DenseOperators
 
 
 class Handle(Protocol):
@@ -88,13 +88,3 @@ class HeadGroups(DenseOperators):
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense()[index]
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return func(*densely(args), **{name: densely(value) for name, value in (kwargs or {}).items()})

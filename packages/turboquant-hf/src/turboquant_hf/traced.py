@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dense_operators import DenseOperators, densely
+from .dense_operators import DenseOperators
 from .handle import Kind, PackedTensor, StepPast
 from .head_groups import HeadGroups, is_new_axis_of_heads
 
@@ -51,8 +51,7 @@ class TracedTensor(DenseOperators):
             from .intercept import intercepted_attention
 
             return intercepted_attention(*args, **(kwargs or {}))
-        args, kwargs = densely(args), {name: densely(value) for name, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def packed_pair(key: Any, value: Any) -> StepPast | None:
