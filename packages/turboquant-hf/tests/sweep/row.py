@@ -65,7 +65,8 @@ def stock_cache(model: Any) -> Any:
 
 
 def packed_cache(model: Any, provider: str, **options: Any) -> TurboQuantCache:
-    """An empty packed cache over the identity codec."""
+    """An empty packed cache over the identity codec; every token is packed, as prompts are short."""
+    options = {"recent_tokens": 0, **options}
     return TurboQuantCache(model.config, 4, page_size=PAGE_SIZE, provider=provider, **options)
 
 
