@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, MistralConfig
-from transformers.integrations import sdpa_attention
 
 from turboquant_hf import TurboQuantCache, patch_model, verify_model
 from turboquant_hf.compat import CACHE_ARGUMENT
@@ -99,10 +98,6 @@ def test_sinks_follow_the_padding_of_each_row(llama: Any) -> None:
     assert cache.layers[0].packed_sequences.sinks.starts.tolist() == [0, 5]
 
 
-@pytest.mark.skipif(
-    not hasattr(sdpa_attention, "pack_gqa"),
-    reason="where there is a mask, this release repeats KV heads before sdpa: padded steps decode, nothing is kept",
-)
 def test_an_untouched_model_is_told_or_warns(llama: Any) -> None:
     with pytest.warns(UserWarning, match="call note_padding"):
         run_steps(llama, TurboQuantCache(llama.config, sink_tokens=3))
