@@ -30,7 +30,7 @@ nox.options.sessions = [
     "typecheck",
     "tests-core",
     "tests-triton",
-    "tests-hf(max)",
+    "tests-hf",
     "tests-vllm-units",
     "build",
     "integration",
@@ -105,14 +105,15 @@ def cpu_torch(session: nox.Session, constraints: Path) -> list[str]:
     return [*source, f"torch=={version}"]
 
 
+def install_pinned(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
+    """Install within ``constraints``; what needs torch goes through :func:`install`."""
+    # To compile all of torch and Transformers takes longer than to unpack them; Python compiles what is imported.
+    session.install("--no-compile", "-c", str(constraints), *requirements)
+
+
 def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
     """Install what needs torch."""
-    session.install("-c", str(constraints), *cpu_torch(session, constraints), *requirements)
-
-
-def install_tools(session: nox.Session, *requirements: str) -> None:
-    """Install what needs no torch."""
-    session.install("-c", str(CONSTRAINTS), *requirements)
+    install_pinned(session, *cpu_torch(session, constraints), *requirements, constraints=constraints)
 
 
 def editable(*packages: str) -> list[str]:
@@ -143,13 +144,14 @@ def discard_environment(session: nox.Session) -> None:
 def dev(session: nox.Session) -> None:
     """Make .nox/dev: the four packages editable, with every tool."""
     tools = (*group("lint"), *group("typecheck"), *group("figures"), *triton())
-    install(session, *editable(*NEEDS), *tools)
+    # People work in this one, and time the demo in it.
+    install(session, "--compile", *editable(*NEEDS), *tools)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, banned imports and formatting."""
-    install_tools(session, *group("lint"))
+    install_pinned(session, *group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -206,16 +208,19 @@ def tests_triton_minimums(session: nox.Session) -> None:
     discard_environment(session)
 
 
-@nox.session(name="tests-hf")
-@nox.parametrize("transformers", ["min", "max"], ids=["min", "max"])
-def tests_hf(session: nox.Session, transformers: str) -> None:
-    """The Transformers integration with the lowest and the newest supported release."""
-    constraints = CONSTRAINTS
-    if transformers == "min":
-        constraints = Path(session.create_tmp()) / CONSTRAINTS.name
-        (floor,) = re.findall(r'"transformers>=([\d.]+)"', Path(folder("hf"), "pyproject.toml").read_text())
-        lines = re.sub(r"^transformers==.*$", f"transformers=={floor}", CONSTRAINTS.read_text(), flags=re.MULTILINE)
-        constraints.write_text(lines)
+@nox.session(name="tests-hf", venv_backend="none", requires=["dev"])
+def tests_hf(session: nox.Session) -> None:
+    """The Transformers integration with the newest supported release, which the constraints name."""
+    run_in_dev(session, "-m", "pytest", *PARALLEL, f"{folder('hf')}/tests", *session.posargs, **ONE_THREAD)
+
+
+@nox.session(name="tests-hf-minimums", default=False)
+def tests_hf_minimums(session: nox.Session) -> None:
+    """The Transformers integration with the lowest release that it declares."""
+    constraints = Path(session.create_tmp()) / CONSTRAINTS.name
+    (floor,) = re.findall(r'"transformers>=([\d.]+)"', Path(folder("hf"), "pyproject.toml").read_text())
+    lines = re.sub(r"^transformers==.*$", f"transformers=={floor}", CONSTRAINTS.read_text(), flags=re.MULTILINE)
+    constraints.write_text(lines)
     install(session, *editable(*NEEDS["hf"]), *group("test"), *triton(), constraints=constraints)
     pytest(session, *PARALLEL, f"{folder('hf')}/tests")
 
@@ -257,7 +262,7 @@ def tests_vllm(session: nox.Session, vllm: str) -> None:
 @nox.session
 def build(session: nox.Session) -> None:
     """Source distribution and wheel of each package in dist/, and a look at what is in them."""
-    install_tools(session, *group("build"))
+    install_pinned(session, *group("build"))
     shutil.rmtree(DIST, ignore_errors=True)
     for package in NEEDS:
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(DIST), folder(package), silent=True)
@@ -272,7 +277,7 @@ def version(session: nox.Session) -> None:
             f"name a package, one of {', '.join(NEEDS)}, and to change its version patch, minor, major or x.y.z"
         )
     package, *wanted = session.posargs
-    install_tools(session, *group("build"))
+    install_pinned(session, *group("build"))
     with session.chdir(folder(package)):
         session.run("python", "-m", "hatchling", "version", *wanted)
 
@@ -317,7 +322,7 @@ def smoke(session: nox.Session, package: str) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation; a broken link or an unknown name fails."""
-    install_tools(session, *group("docs"))
+    install_pinned(session, *group("docs"))
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
