@@ -20,6 +20,7 @@ from turboquant_core import (
 )
 from turboquant_hf.counters import LayerCounters
 from turboquant_hf.handle import PackedTensor, StepPast
+from turboquant_hf.reasons import LATENT
 
 
 @pytest.fixture
@@ -144,3 +145,38 @@ class TestRepeatedHeads:
         keys = PackedTensor(step, "keys")
         assert torch.equal(change(keys), change(step.decoded.keys))
         assert step.counters.path == "decoded"
+
+
+class TestTiledHeads:
+    """All heads round by round, where ``repeat_kv`` repeats each one: queries are put in the order of pages."""
+
+    @pytest.mark.parametrize("per_head", [1, 2])
+    @pytest.mark.parametrize("queries", [1, 3])
+    def test_nothing_is_decoded(self, step: StepPast, per_head: int, queries: int) -> None:
+        keys, values = (PackedTensor(step, kind).repeat(1, 3, 1, 1) for kind in ("keys", "values"))
+        assert keys.shape == (3, 6, 20, 32)
+        query = torch.randn(3, 6 * per_head, queries, 32, generator=torch.Generator().manual_seed(1))
+        got = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+        assert step.counters.path == "intercepted"
+        dense = (x.repeat(1, 3, 1, 1) for x in step.decoded)
+        expected = F.scaled_dot_product_attention(query, *dense, enable_gqa=True)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+    def test_tiles_of_tiles(self, step: StepPast) -> None:
+        keys = PackedTensor(step, "keys").repeat(1, 2, 1, 1).repeat((1, 2, 1, 1))
+        assert keys.shape[1] == 8
+        assert step.counters.path == "unused"
+        assert torch.equal(keys + 0, step.decoded.keys.repeat(1, 4, 1, 1))
+
+    @pytest.mark.parametrize("sizes", [(2, 1, 1, 1), (1, 2, 1, 3), (1, 1, 2, 1, 1)], ids=str)
+    def test_other_axes_decode(self, step: StepPast, sizes: tuple[int, ...]) -> None:
+        keys = PackedTensor(step, "keys")
+        assert torch.equal(keys.repeat(*sizes), step.decoded.keys.repeat(*sizes))
+        assert step.counters.path == "decoded"
+
+
+def test_a_linear_layer_over_cached_vectors_is_latent_attention(step: StepPast) -> None:
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    got = F.linear(PackedTensor(step, "keys"), weight)
+    assert torch.equal(got, F.linear(step.decoded.keys, weight))
+    assert step.counters.reasons == {LATENT: 1}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BloomConfig, LlamaConfig
 
 from turboquant_core import CacheCodec, PackedSequences, PageLayout, RawLayout, ReferenceProvider, VectorLayout
 from turboquant_hf import QualityWarning, TurboQuantCache, patch_model, unpatch_model, verify_model
@@ -15,7 +15,7 @@ from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.quality import exact_attention
 from turboquant_hf.verify import decoded_twin
 
-from .conftest import CONFIGS, GQA, build
+from .conftest import CONFIGS, GQA, VOCABULARY, build
 
 
 @pytest.fixture
@@ -61,8 +61,15 @@ def test_more_bits_are_closer(llama: Any) -> None:
 def test_layers_that_decode_or_are_not_packed() -> None:
     gemma = build(*CONFIGS["gemma2"])
     layers = verify_model(gemma, lambda: TurboQuantCache(gemma.config)).layers
-    # The untouched eager model multiplies keys itself: no packed attention to measure.
-    assert [(layer.layer_idx, layer.cosine) for layer in layers] == [(1, None)]
+    # Untouched, and still attention over pages, written out by the model.
+    (full,) = layers
+    assert full.layer_idx == 1
+    assert full.cosine is not None
+    assert full.cosine > 0.99
+    bloom = build(BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=2), "eager")
+    layers = verify_model(bloom, lambda: TurboQuantCache(bloom.config)).layers
+    # Its position bias decodes: no packed attention to measure.
+    assert [(layer.layer_idx, layer.cosine) for layer in layers] == [(0, None), (1, None)]
 
 
 def test_an_offset_of_the_keys_is_a_warning_and_centring_the_cure(biased: Any, llama: Any) -> None:

@@ -62,7 +62,7 @@ def _visibility(
 ) -> Visibility | str:
     unknown = _unknown_argument(kwargs)
     if unknown is not None:
-        return f"argument {unknown}"
+        return f"argument {unknown} of its attention, which packed attention does not have"
     if module.training and kwargs.get("dropout"):
         return "attention dropout"
     window = kwargs.get("sliding_window")

@@ -47,6 +47,8 @@ def fused_attention(
     Queries that see all keys (no causal order) become heads of a single query token.
     """
     _check_sinks(step, visibility)
+    if step.tiles > 1:
+        query, sinks = _by_head(query, step, 1), None if sinks is None else _by_head(sinks, step, 0)
     batch, q_heads, q_len, head_dim = query.shape
     folded = not visibility.causal and q_len > 1
     if folded:
@@ -59,7 +61,21 @@ def fused_attention(
         softcap=softcap,
         sinks=sinks,
     ).out
-    return out.reshape(batch, q_heads, q_len, -1) if folded else out
+    out = out.reshape(batch, q_heads, q_len, -1) if folded else out
+    return out if step.tiles == 1 else _by_tile(out, step)
+
+
+def _by_head(x: Tensor, step: StepPast, axis: int) -> Tensor:
+    """Query heads of the same KV head one after the other, where they come round by round."""
+    rounds = (step.tiles, step.past.codec.layout.kv_heads, -1)
+    by_head: Tensor = x.unflatten(axis, rounds)
+    return by_head.transpose(axis, axis + 1).flatten(axis, axis + 2)
+
+
+def _by_tile(out: Tensor, step: StepPast) -> Tensor:
+    """Inverse of :func:`_by_head` for ``[batch, q_heads, q_len, value_head_dim]``."""
+    by_tile: Tensor = out.unflatten(1, (step.past.codec.layout.kv_heads, step.tiles, -1))
+    return by_tile.transpose(1, 2).flatten(1, 3)
 
 
 def _starts(step: StepPast, visibility: Visibility) -> Tensor | None:

@@ -6,6 +6,7 @@ packed pages; any other operation decodes first, is right, slower, and counted.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +19,9 @@ from turboquant_core import Gathered
 from turboquant_core.split_past import SplitPast
 
 from .counters import LayerCounters
-from .head_groups import head_groups
+from .head_groups import head_groups, sizes_of
+from .operands import STARTS
+from .reasons import LATENT, changed, name_of
 
 Kind: TypeAlias = Literal["keys", "values"]
 
@@ -33,6 +36,9 @@ class StepPast:
         length: how many of the last tokens the handles show; None for all.
         window: keys that a query sees, itself included; None for all.
         padding_is_known: whether the layer was told where its sequences begin.
+
+    Attributes:
+        tiles: how often the handles show all heads, one round after the other.
     """
 
     def __init__(
@@ -51,7 +57,9 @@ class StepPast:
         self.length = past.length if length is None else length
         self.window = window
         self.padding_is_known = padding_is_known
+        self.tiles = 1
         self._is_counted = False
+        self._tiled: dict[int, StepPast] = {}
         self._decoded: Gathered | None = None
 
     @property
@@ -79,15 +87,25 @@ class StepPast:
             self._decoded = Gathered(keys.contiguous(), values.contiguous())
         return self._decoded
 
+    def tiled(self, tiles: int) -> StepPast:
+        """The same past with all heads ``tiles`` times; the same object for keys and values."""
+        if tiles not in self._tiled:
+            other = copy.copy(self)
+            other.tiles, other._tiled = self.tiles * tiles, {}
+            self._tiled[tiles] = other
+        return self._tiled[tiles]
+
     def shape(self, kind: Kind, repeats: int = 1) -> tuple[int, int, int, int]:
         """Of the dense keys or values, each head ``repeats`` times."""
         layout = self.past.codec.layout
         head_dim = layout.key.head_dim if kind == "keys" else layout.value.head_dim
-        return self.past.batch, layout.kv_heads * repeats, self.length, head_dim
+        return self.past.batch, layout.kv_heads * self.tiles * repeats, self.length, head_dim
 
     def dense(self, kind: Kind, repeats: int = 1) -> Tensor:
         """Decoded keys or values, each head ``repeats`` times."""
         decoded = self.decoded.keys if kind == "keys" else self.decoded.values
+        if self.tiles > 1:
+            decoded = decoded.repeat(1, self.tiles, 1, 1)
         return decoded if repeats == 1 else decoded.repeat_interleave(repeats, 1)
 
 
@@ -125,14 +143,11 @@ class PackedTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            # Late, because the intercepted call needs the handle's class.
-            from .intercept import intercepted_attention
-
-            return intercepted_attention(*args, **(kwargs or {}))
-        groups = head_groups(func, args)
-        if groups is not None:
-            return groups
+        keep = _KEPT.get(func)
+        if keep is not None:
+            packed = keep(*args, **(kwargs or {}))
+            if packed is not None:
+                return packed
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -143,7 +158,37 @@ class PackedTensor(Tensor):
         def decode(value: Any) -> Any:
             if not isinstance(value, PackedTensor):
                 return value
-            value.step.count_decoded(f"operation {func}")
+            value.step.count_decoded(changed(name_of(func)))
             return value.dense()
 
         return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))
+
+
+def _attended(*args: Any, **kwargs: Any) -> Tensor:
+    # Late, because the intercepted call needs the handle's class.
+    from .intercept import intercepted_attention
+
+    return intercepted_attention(*args, **kwargs)
+
+
+def _tiled(handle: PackedTensor, *repeats: Any) -> PackedTensor | None:
+    """What ``handle.repeat()`` gives, if it repeats the axis of heads alone."""
+    sizes = sizes_of(repeats)
+    is_of_heads = len(sizes) == 4 and (sizes[0], *sizes[2:]) == (1, 1, 1) and sizes[1] > 0 and handle.repeats == 1
+    return PackedTensor(handle.step.tiled(sizes[1]), handle.kind) if is_of_heads else None
+
+
+def _projected(vectors: Any, *_: Any) -> None:
+    """Say what a linear layer over cached vectors is; it decodes."""
+    if isinstance(vectors, PackedTensor):
+        vectors.step.count_decoded(LATENT)
+
+
+_KEPT: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attended,
+    Tensor.__getitem__: head_groups,
+    Tensor.repeat: _tiled,
+    F.linear: _projected,
+    **STARTS,
+}
+"""Functions of a handle that may do without decoding: None when this call does not."""

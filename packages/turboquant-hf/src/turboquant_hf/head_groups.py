@@ -5,13 +5,13 @@ Packed attention reads the heads that there are, so that nothing needs to be rep
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .dense_operators import DenseOperators
+from .reasons import changed
 
 
 class Handle(Protocol):
@@ -24,6 +24,14 @@ class Handle(Protocol):
     @property
     def step(self) -> Any:
         """The past, which counts."""
+
+    @property
+    def kind(self) -> str:
+        """``keys`` or ``values``."""
+
+    @property
+    def repeats(self) -> int:
+        """Copies of each head."""
 
     def dense(self) -> Tensor:
         """The decoded tensor."""
@@ -42,14 +50,13 @@ def is_new_axis_of_heads(index: Any) -> bool:
     )
 
 
-def head_groups(func: Callable[..., Any], args: tuple[Any, ...]) -> HeadGroups | None:
-    """What ``func`` of a handle gives, if it is the first step of ``repeat_kv``."""
-    if func is Tensor.__getitem__ and is_new_axis_of_heads(args[1]):
-        return HeadGroups(args[0])
-    return None
+def head_groups(handle: Handle, index: Any) -> HeadGroups | None:
+    """What ``handle[index]`` is, if that is the first step of ``repeat_kv``."""
+    return HeadGroups(handle) if is_new_axis_of_heads(index) else None
 
 
-def _sizes(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+def sizes_of(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Sizes or axes given one by one or as one sequence."""
     return tuple(sizes[0]) if len(sizes) == 1 else sizes
 
 
@@ -67,7 +74,7 @@ class HeadGroups(DenseOperators):
 
     def expand(self, *sizes: Any) -> Any:
         """As of a tensor."""
-        wanted = _sizes(sizes)
+        wanted = sizes_of(sizes)
         batch, heads, length, head_dim = self._handle.shape
         is_repeat_kv = len(wanted) == 5 and (*wanted[:2], *wanted[3:]) == (batch, heads, length, head_dim)
         if is_repeat_kv and wanted[2] > 0 and self._repeats == 1:
@@ -77,13 +84,13 @@ class HeadGroups(DenseOperators):
     def reshape(self, *sizes: Any) -> Any:
         """As of a tensor."""
         batch, heads, length, head_dim = self._handle.shape
-        if _sizes(sizes) == (batch, heads * self._repeats, length, head_dim):
+        if sizes_of(sizes) == (batch, heads * self._repeats, length, head_dim):
             return self._handle.repeated(self._repeats)
         return self.dense().reshape(*sizes)
 
     def dense(self) -> Tensor:
         """The decoded tensor, with its axis of copies."""
-        self._handle.step.count_decoded("keys or values that the model changes before attention")
+        self._handle.step.count_decoded(changed("a new axis"))
         return self._handle.dense().unsqueeze(2).expand(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:

@@ -12,12 +12,14 @@ from turboquant_core.dense import scaling_of
 
 from .fused import LARGEST_FUSED_QUERY, LONG_QUERY, fused_attention, unfit_query
 from .handle import PackedTensor, StepPast
+from .reasons import changed
 from .traced import TracedTensor, packed_pair
 from .visibility import Visibility, pattern
 from .visibility_on_device import visibility_of
 
 
-def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Visibility | str:
+def readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Visibility | str:
+    """Which keys the queries see, or the reason why packed attention cannot tell or take them."""
     if dropout > 0:
         return "attention dropout"
     if is_causal:
@@ -36,7 +38,7 @@ def _readable(step: StepPast, query: Tensor, mask: Tensor | None, dropout: float
 def _dense(x: Any) -> Any:
     if not isinstance(x, PackedTensor | TracedTensor):
         return x
-    x.step.count_decoded("keys or values that the model changes before attention")
+    x.step.count_decoded(changed())
     return x.dense()
 
 
@@ -53,7 +55,7 @@ def intercepted_attention(
     """Replacement of :func:`torch.nn.functional.scaled_dot_product_attention` when keys or values are packed."""
     step = packed_pair(key, value)
     if step is not None:
-        visibility = _readable(step, query, attn_mask, dropout_p, is_causal)
+        visibility = readable(step, query, attn_mask, dropout_p, is_causal)
         if isinstance(visibility, Visibility):
             step.counters.count("intercepted")
             scaling = scaling_of(query, scale)

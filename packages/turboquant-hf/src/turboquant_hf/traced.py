@@ -16,6 +16,7 @@ from torch import Tensor
 from .dense_operators import DenseOperators
 from .handle import Kind, PackedTensor, StepPast
 from .head_groups import HeadGroups, is_new_axis_of_heads
+from .reasons import changed
 
 
 class TracedTensor(DenseOperators):
@@ -28,7 +29,7 @@ class TracedTensor(DenseOperators):
 
     def dense(self) -> Tensor:
         """The decoded tensor."""
-        self.step.count_decoded("keys or values that the model changes before attention")
+        self.step.count_decoded(changed())
         return self.step.dense(self.kind, self.repeats)
 
     def repeated(self, repeats: int) -> TracedTensor:

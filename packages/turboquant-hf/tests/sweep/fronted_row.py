@@ -39,9 +39,11 @@ def sweep_fronted(name: str) -> Row:
     row = Row(name, fronted.own_head_dim)
     stock = {mode: attempt(lambda o=options: _generate(fronted, None, o)) for mode, options in MODES.items()}
     with identity_provider() as provider:
-        row.modes["untouched model"], row.untouched = _packed(fronted, row, provider, stock, {"padded": {}})["padded"]
+        row.modes["untouched model"], row.untouched = _packed(
+            fronted, row, provider, stock, {"padded": {}}, row.untouched_reasons
+        )["padded"]
         patch_model(fronted.model, verify=False)
-        for mode, (result, paths) in _packed(fronted, row, provider, stock, MODES).items():
+        for mode, (result, paths) in _packed(fronted, row, provider, stock, MODES, row.reasons).items():
             row.modes[mode], row.patched = result, paths
     again = attempt(lambda: _generate(fronted, None, {}))
     row.modes["stock cache while patched"] = outcome(stock["padded"], again)
@@ -52,7 +54,12 @@ def sweep_fronted(name: str) -> Row:
 
 
 def _packed(
-    fronted: Fronted, row: Row, provider: str, stock: dict[str, Any], modes: dict[str, dict[str, Any]]
+    fronted: Fronted,
+    row: Row,
+    provider: str,
+    stock: dict[str, Any],
+    modes: dict[str, dict[str, Any]],
+    reasons: list[str],
 ) -> dict[str, tuple[str, dict[str, int]]]:
     results = {}
     for mode, options in modes.items():
@@ -60,6 +67,6 @@ def _packed(
         whole: Any = EncoderDecoderCache(cache, DynamicCache()) if fronted.is_encoder_decoder else cache
         got = attempt(lambda c=whole, o=options: _generate(fronted, c, o))
         paths: dict[int, Counter[str]] = {}
-        note_layers(row, cache, paths)
+        note_layers(row, cache, paths, reasons)
         results[mode] = outcome(stock[mode], got), by_path(paths)
     return results

@@ -28,6 +28,17 @@ The path is that of the patched model's layers, with their number in the small m
 mean](hf.md#before-and-after). `uncompressed` layers stay as Transformers makes them.
 """
 
+DECODED = """
+## Decoded, and why
+
+The patched model's attention, or part of its calls, gets decoded keys and values: right, with the packed cache's memory
+between steps, at no gain in speed. `cache.summary()` says the same of your model.
+"""
+
+DECODED_UNTOUCHED = """
+These are decoded only as long as the model is not patched:
+"""
+
 
 def _path(paths: dict[str, int]) -> str:
     return ", ".join(f"{path} {count}" for path, count in paths.items()) or "none"
@@ -70,6 +81,18 @@ def _swept(rows: dict[str, Row]) -> str:
     return _table(("model type", "own head_dim", "packed key/value", "patched", "untouched", "modes equal"), table)
 
 
+def _is_decoded(paths: dict[str, int]) -> bool:
+    return any("decoded" in path for path in paths)
+
+
+def _reasons(decoded: list[tuple[Row, list[str]]]) -> str:
+    """Model types with their reasons, the most common ones first."""
+    why = {row.model_type: "; ".join(reasons) for row, reasons in decoded}
+    frequency = Counter(why.values())
+    order = sorted(why, key=lambda name: (-frequency[why[name]], why[name], name))
+    return _table(("model type", "why"), [(name, why[name]) for name in order])
+
+
 def _refused(rows: dict[str, Row]) -> str:
     return _table(("model type", "why"), [(name, row.refused) for name, row in rows.items() if row.refused])
 
@@ -99,6 +122,8 @@ def _counts(rows: dict[str, Row]) -> str:
 def page() -> str:
     """The page's text."""
     rows, multimodal = read_rows(newest_file()), read_rows(newest_file(MULTIMODAL))
+    tested = [*rows.values(), *multimodal.values()]
+    untouched = [row for row in tested if not _is_decoded(row.patched)]
     parts = [
         INTRODUCTION.format(version=newest_file().stem, counts=_counts(rows)),
         "## Causal language models\n",
@@ -106,6 +131,10 @@ def page() -> str:
         "\n## With an image, or an encoder\n",
         "The image goes through the vision tower, which stays untouched; cross-attention stays uncompressed.\n",
         _swept(multimodal),
+        DECODED,
+        _reasons([(row, row.reasons) for row in tested if _is_decoded(row.patched)]),
+        DECODED_UNTOUCHED,
+        _reasons([(row, row.untouched_reasons) for row in untouched if _is_decoded(row.untouched)]),
         "\n## Beside fused-turboquant\n",
         "Every row of that project's own tables, refused ones included.\n",
         _rivals({**rows, **multimodal}),

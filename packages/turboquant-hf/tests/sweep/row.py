@@ -32,7 +32,9 @@ class Row:
         patched: number of layers on each path after :func:`patch_model`; a layer on two paths counts as ``a+b``.
         untouched: the same for a model that is not patched.
         modes: each mode with ``equal``, ``differs``, ``stock fails: ...`` or ``fails: ...``.
-        reasons: why layers were decoded or left uncompressed.
+        reasons: why layers of the patched model were decoded.
+        untouched_reasons: the same for the untouched model.
+        uncompressed: kinds of layers that are not packed.
         refused: why there is no such model or cache; nothing else is set then.
     """
 
@@ -43,6 +45,8 @@ class Row:
     untouched: dict[str, int] = field(default_factory=dict)
     modes: dict[str, str] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    untouched_reasons: list[str] = field(default_factory=list)
+    uncompressed: list[str] = field(default_factory=list)
     refused: str | None = None
 
     @property
@@ -117,7 +121,7 @@ class Comparison:
             cache = packed_cache(self.model, self.provider)
             got = attempt(lambda run=run, cache=cache: run(self.model, cache))
             self.row.modes[name] = outcome(self.stock[name], got)
-            note_layers(self.row, cache, paths)
+            note_layers(self.row, cache, paths, self.row.reasons)
         self.row.patched = by_path(paths)
         self.row.modes["stock cache while patched"] = outcome(self.stock["padded"], attempt(self._plain))
         unpatch_model(self.model)
@@ -129,24 +133,26 @@ class Comparison:
         got = attempt(lambda: padded(self.model, cache))
         self.row.modes["untouched model"] = outcome(self.stock["padded"], got)
         paths: dict[int, Counter[str]] = {}
-        note_layers(self.row, cache, paths, count_reasons=False)
+        note_layers(self.row, cache, paths, self.row.untouched_reasons)
         self.row.untouched = by_path(paths)
 
     def _plain(self) -> Generated:
         return padded(self.model, None)
 
 
-def note_layers(
-    row: Row, cache: TurboQuantCache, paths: dict[int, Counter[str]], *, count_reasons: bool = True
-) -> None:
-    """Add what the layers of a used cache say to ``row`` and to the paths of each layer."""
+def note_layers(row: Row, cache: TurboQuantCache, paths: dict[int, Counter[str]], reasons: list[str]) -> None:
+    """Add what the layers of a used cache say to ``row``, to the paths of each layer and to the ``reasons``."""
     for layer, summary in zip(cache.layers, cache.summary().layers, strict=True):
         paths.setdefault(summary.layer_idx, Counter()).update(summary.path.split("+"))
-        reasons = [reason.rsplit(" (", 1)[0] for reason in summary.reasons] if count_reasons else []
-        row.reasons = sorted({*row.reasons, *reasons})
+        _add(row.uncompressed if summary.path == "uncompressed" else reasons, summary.reasons)
         if getattr(layer, "store", None) is not None:
             page = layer.packed_sequences.layout
-            row.head_dims = sorted({*row.head_dims, f"{page.key.head_dim}/{page.value.head_dim}"})
+            _add(row.head_dims, (f"{page.key.head_dim}/{page.value.head_dim}",))
+
+
+def _add(known: list[str], found: tuple[str, ...]) -> None:
+    """What is found and not known, without its count, in order."""
+    known[:] = sorted({*known, *(text.rsplit(" (", 1)[0] if text.endswith(")") else text for text in found)})
 
 
 def by_path(layers: dict[int, Counter[str]]) -> dict[str, int]:
