@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from decode_modes import LABELS, Mode
 from report import version
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from turboquant_hf import TurboQuantCache, patch_model, unpatch_model
+from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, patch_model, unpatch_model
 from turboquant_hf.summary import dense_memory
 
 BITS = (4, 3, 2)
@@ -23,34 +24,44 @@ class Contender:
 
     Attributes:
         name: as in the tables.
-        prepare: context that gives an empty cache for a model and puts the model back at its end.
+        prepare: context that gives an empty cache for a model, with room for so many tokens where its room is fixed,
+            and puts the model back at its end.
         absent: why it cannot run on this machine; None when it can.
+        mode: how its decode steps are run.
     """
 
     name: str
-    prepare: Callable[[Any], AbstractContextManager[Any]]
+    prepare: Callable[[Any, int], AbstractContextManager[Any]]
     absent: str | None = None
+    mode: Mode = "eager"
 
 
 @contextmanager
-def _stock(model: Any) -> Any:
+def _stock(model: Any, room: int) -> Any:
     yield DynamicCache(config=model.config)
 
 
-def _packed(bits: int) -> Contender:
+@contextmanager
+def _stock_static(model: Any, room: int) -> Any:
+    yield StaticCache(config=model.config, max_cache_len=room)
+
+
+def _packed(bits: int, mode: Mode = "eager") -> Contender:
+    """Growing where steps are run as they are, else of fixed room."""
+
     @contextmanager
-    def prepare(model: Any) -> Any:
+    def prepare(model: Any, room: int) -> Any:
         try:
-            yield patch_model(model, bits=bits, verify=False)
+            yield patch_model(model, bits=bits, verify=False, max_cache_len=None if mode == "eager" else room)
         finally:
             unpatch_model(model)
 
-    return Contender(f"turboquant {bits} bit", prepare)
+    return Contender(f"turboquant {bits} bit{LABELS[mode]}", prepare, mode=mode)
 
 
 def _quantized(backend: str, distribution: str | None, bits: int | None) -> Contender:
     @contextmanager
-    def prepare(model: Any) -> Any:
+    def prepare(model: Any, room: int) -> Any:
         options = {} if bits is None else {"nbits": bits}
         if backend == "hqq":
             options |= {"axis_key": 1, "axis_value": 1}
@@ -64,7 +75,7 @@ def _quantized(backend: str, distribution: str | None, bits: int | None) -> Cont
 
 def _fused_turboquant(bits: int) -> Contender:
     @contextmanager
-    def prepare(model: Any) -> Any:
+    def prepare(model: Any, room: int) -> Any:
         from fused_turboquant import hf
 
         try:
@@ -77,8 +88,10 @@ def _fused_turboquant(bits: int) -> Contender:
     return Contender(" ".join(filter(None, (FUSED_TURBOQUANT, installed, f"{bits} bit"))), prepare, absent)
 
 
-def contenders() -> list[Contender]:
-    """All of them; the ordinary cache first."""
+def contenders(mode: Mode = "eager") -> list[Contender]:
+    """All that run their steps so; the ordinary cache first."""
+    if mode != "eager":
+        return [Contender(f"StaticCache bf16{LABELS[mode]}", _stock_static, mode=mode), _packed(BITS[0], mode)]
     return [
         Contender("DynamicCache bf16", _stock),
         *(_packed(bits) for bits in BITS),
@@ -90,9 +103,11 @@ def contenders() -> list[Contender]:
 
 
 def stored_bytes(cache: Any) -> int | None:
-    """Bytes of keys and values, scales included; None for a cache that does not say."""
+    """Bytes of keys and values, scales included, of all room where it is fixed; None for a cache that does not say."""
     if isinstance(cache, TurboQuantCache):
         return cache.memory().stored
-    if type(cache) is DynamicCache:
+    if isinstance(cache, TurboQuantStaticCache):
+        return cache.memory().allocated
+    if type(cache) in (DynamicCache, StaticCache):
         return sum(dense_memory(layer).stored for layer in cache.layers)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 STOCK = "DynamicCache bf16"
+STATIC_STOCK = "StaticCache bf16"
 LEAST_SPEED = {(1, 4096): 1.0, (1, 131072): 1.5}
 """Of packed decoding relative to the stock cache, by batch and context."""
 LEAST_SPEED_TO_QUANTIZED = 5.0
@@ -28,11 +29,17 @@ def _saving(row: Row, stock: Row) -> list[Row]:
     return [_target("peak memory saved, of the KV saving", row, LEAST_SAVING, share)]
 
 
+def stock_of(cache: str) -> str:
+    """The ordinary cache whose steps are run in the same way."""
+    _, comma, mode = cache.partition(",")
+    return f"{STATIC_STOCK}{comma}{mode}" if comma else STOCK
+
+
 def _speed(row: Row, stock: Row) -> list[Row]:
     least = LEAST_SPEED.get((row["batch"], row["context"]))
     if least is None:
         return []
-    return [_target(f"speed to {STOCK}", row, least, row["tokens_per_second"] / stock["tokens_per_second"])]
+    return [_target(f"speed to {stock['cache']}", row, least, row["tokens_per_second"] / stock["tokens_per_second"])]
 
 
 def _against_quantized(row: Row, others: list[Row]) -> list[Row]:
@@ -60,7 +67,9 @@ def targets(rows: list[Row]) -> list[Row]:
         if not row["cache"].startswith("turboquant"):
             continue
         others = [o for o in measured if (o["batch"], o["context"]) == (row["batch"], row["context"])]
-        for stock in (other for other in others if other["cache"] == STOCK):
+        for stock in (other for other in others if other["cache"] == stock_of(row["cache"])):
             found += _saving(row, stock) + _speed(row, stock)
-        found += _against_quantized(row, others)
+        if stock_of(row["cache"]) == STOCK:
+            # A QuantizedCache has no compiled steps to compare with.
+            found += _against_quantized(row, others)
     return found

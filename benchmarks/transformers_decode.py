@@ -3,7 +3,9 @@
 The model has the shape of Qwen3-8B and random weights: speed and memory do not depend on them. For each batch and
 context every cache gets the same random prompt in one forward pass, then decodes token by token. Reported are tokens
 per second of the whole batch (median step), peak memory of the prompt and of decoding, and bytes of keys and values.
-A cache that cannot run is listed with the reason. The file is written after every row, targets met and missed in it.
+Caches of fixed room, stock and packed, decode in a step that is compiled whole, and in one that is recorded in CUDA
+graphs besides; their prompt is not. What cannot run is listed with the reason. The file is written after every row,
+targets met and missed in it; steps that are run as they are come first.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from contenders import Contender, contenders, stored_bytes
-from decode_targets import targets
+from decode_modes import MODES, Mode, one_graph, why_not
+from decode_targets import stock_of, targets
 from report import table, write_json
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -73,32 +77,33 @@ def peak_memory(device: torch.device, into: dict[str, Any], name: str) -> Iterat
         into[name] = torch.cuda.max_memory_allocated()
 
 
-def decode(model: Any, cache: Any, token: Tensor, steps: int) -> list[float]:
-    """Seconds of each of ``steps`` greedy steps after :data:`WARM_UP` more."""
+def decode(step: Callable[..., Any], cache: Any, token: Tensor, steps: int) -> list[float]:
+    """Seconds of each of :data:`WARM_UP` and ``steps`` greedy steps; the first ones compile and record."""
     seconds = []
     for _ in range(WARM_UP + steps):
         start = time.perf_counter()
-        token = model(token, **{CACHE_ARGUMENT: cache}).logits[:, -1].argmax(-1, keepdim=True)
+        token = step(token, **{CACHE_ARGUMENT: cache}).logits[:, -1].argmax(-1, keepdim=True)
         token.cpu()  # as a stopping criterion does: a step ends when its token is known
         seconds.append(time.perf_counter() - start)
-    return seconds[WARM_UP:]
+    return seconds
 
 
-@torch.inference_mode()
-def measure(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dict[str, Any]:
+@torch.no_grad()
+def measure(model: Any, contender: Contender, prompt: Tensor, steps: int, backend: str) -> dict[str, Any]:
     """Figures of one cache on one prompt ``[batch, context]``."""
     row: dict[str, Any] = {}
     device = prompt.device
-    with contender.prepare(model) as cache:
+    with contender.prepare(model, prompt.shape[1] + WARM_UP + steps) as cache:
         with peak_memory(device, row, "prompt_peak_bytes"):
             start = time.perf_counter()
             logits = model(prompt, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
             token = logits[:, -1].argmax(-1, keepdim=True)
             token.cpu()
             row["prompt_seconds"] = time.perf_counter() - start
-        with peak_memory(device, row, "decode_peak_bytes"):
-            seconds = median(decode(model, cache, token, steps))
-        row["tokens_per_second"] = prompt.shape[0] / seconds
+        with peak_memory(device, row, "decode_peak_bytes"), one_graph(model, contender.mode, backend) as step:
+            seconds = decode(step, cache, token, steps)
+        row["first_step_seconds"] = seconds[0]
+        row["tokens_per_second"] = prompt.shape[0] / median(seconds[WARM_UP:])
         row["kv_bytes"] = stored_bytes(cache)
     return row
 
@@ -119,15 +124,15 @@ def too_large(model: Any, batch: int, context: int, memory: int | None) -> str |
     return f"weights and one layer's activations take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f} GiB"
 
 
-def attempt(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dict[str, Any]:
+def attempt(model: Any, contender: Contender, prompt: Tensor, steps: int, backend: str) -> dict[str, Any]:
     """:func:`measure`, or the reason why there are no figures."""
     device = prompt.device
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    reason = contender.absent or too_large(model, *prompt.shape, memory)
+    reason = contender.absent or why_not(contender.mode, device) or too_large(model, *prompt.shape, memory)
     if reason is not None:
         return {"reason": reason}
     try:
-        return measure(model, contender, prompt, steps)
+        return measure(model, contender, prompt, steps, backend)
     except Exception as error:  # noqa: BLE001 - a rival's failure is a result, and is printed
         return {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     finally:
@@ -137,16 +142,20 @@ def attempt(model: Any, contender: Contender, prompt: Tensor, steps: int) -> dic
 
 
 def compare(
-    model: Any, cases: tuple[tuple[int, int], ...], steps: int, write: Callable[[list[dict[str, Any]]], None]
+    model: Any,
+    cases: tuple[tuple[int, int], ...],
+    modes: tuple[Mode, ...],
+    attempt_one: Callable[[Contender, Tensor], dict[str, Any]],
+    write: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """One row for each case and contender; ``write`` is called with those so far after each."""
+    """One row for each mode, case and contender; ``write`` is called with those so far after each."""
     rows: list[dict[str, Any]] = []
-    for batch, context in cases:
+    for mode, (batch, context) in product(modes, cases):
         generator = torch.Generator().manual_seed(context)
         prompt = torch.randint(2, model.config.vocab_size, (batch, context), generator=generator).to(model.device)
-        for contender in contenders():
+        for contender in contenders(mode):
             row = {"batch": batch, "context": context, "cache": contender.name}
-            row |= attempt(model, contender, prompt, steps)
+            row |= attempt_one(contender, prompt)
             rows.append(row)
             print({key: value for key, value in row.items() if value is not None}, flush=True)
             write(rows)
@@ -158,15 +167,13 @@ def _gib(size: int | None) -> str:
 
 
 def decode_table(rows: list[dict[str, Any]]) -> str:
-    """Figures of all rows, speed relative to the ordinary cache of the same case too."""
-    lines, stock = [], {}
+    """Figures of all rows, speed relative to the ordinary cache of the same case whose steps are run alike too."""
+    speeds = {(row["batch"], row["context"], row["cache"]): row.get("tokens_per_second") for row in rows}
+    lines = []
     for row in rows:
         case = (row["batch"], row["context"])
-        speed = row.get("tokens_per_second")
-        stock.setdefault(case, speed)
-        shown = ["-", "-"]
-        if speed is not None:
-            shown = [f"{speed:.1f}", f"{speed / stock[case]:.2f}x" if stock[case] else "-"]
+        speed, stock = speeds[*case, row["cache"]], speeds.get((*case, stock_of(row["cache"])))
+        shown = ["-" if speed is None else f"{speed:.1f}", f"{speed / stock:.2f}x" if speed and stock else "-"]
         peaks = [_gib(row.get(name)) for name in ("prompt_peak_bytes", "decode_peak_bytes", "kv_bytes")]
         lines.append([f"{case[0]} x {case[1]}", row["cache"], *shown, *peaks, row.get("reason", "")])
     header = ["batch x context", "cache", "tokens/s", "against stock", "prompt peak GiB", "decode peak GiB", "KV GiB"]
@@ -179,6 +186,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=32, help="timed decode steps of each case")
     parser.add_argument("--cases", nargs="+", help="batchxcontext, such as 1x4096 8x32768")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="how steps are run; default: all"
+    )
+    parser.add_argument("--backend", default="inductor", help="of torch.compile, where no CUDA graph is recorded")
     parser.add_argument("--json", type=Path, help="default: results/transformers_decode.json; none with --quick")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -196,7 +207,10 @@ def main() -> None:
         if target is not None:
             write_json(target, {"shape": shape, "rows": rows, "targets": targets(rows)}, arguments.device)
 
-    rows = compare(model, cases, arguments.steps, write)
+    def one(contender: Contender, prompt: Tensor) -> dict[str, Any]:
+        return attempt(model, contender, prompt, arguments.steps, arguments.backend)
+
+    rows = compare(model, cases, tuple(arguments.modes), one, write)
     print("\n" + decode_table(rows))
     header = ["target", "batch x context", "cache", "at least", "found", "met"]
     print("\n" + table(header, [list(row.values()) for row in targets(rows)]))
