@@ -64,6 +64,15 @@ def sweep(seconds: float, *classes: str) -> Step:
     return Step((*command, "--processes", "{workers}", "--sweep", *classes), seconds, True)
 
 
+def decoding(seconds: float, mode: str, *arguments: str) -> Step:
+    """Caches of Transformers, with steps run in ``mode``; compiling takes most of the time of all modes but one."""
+    return Step(
+        ("benchmarks/transformers_decode.py", "--json", "{out}/transformers_{step}.json", "--modes", mode, *arguments),
+        seconds,
+        True,
+    )
+
+
 STEPS = {
     "quick": tests(
         150,
@@ -76,7 +85,7 @@ STEPS = {
     "sweep-store": sweep(90, "store/4/128", "store/3/128"),
     "sweep-other": sweep(240, "4/64/4", "3/256/4", "4/128/16", "3/64/4", "2/64/4"),
     "preflight": Step(("benchmarks/serving_preflight.py", "--out", "{out}"), 280, False),
-    "decode": Step(("benchmarks/transformers_decode.py", "--json", "{out}/transformers_decode.json"), 500, True),
+    "decode": decoding(500, "eager"),
     "serving": Step(("benchmarks/serving.py", "--out", "{out}/serving.json"), 580, True),
     "soak": Step(("benchmarks/serving.py", "--soak", "10", "--out", "{out}/serving_soak.json"), 700, False),
     "operators": tests(200, *(f"{PACKAGE}/test_{name}.py" for name in ("operators", "attend", "exact", "launch"))),
@@ -84,6 +93,8 @@ STEPS = {
         560, PACKAGE, "-m", "not slow", *(f"--ignore={PACKAGE}/test_{name}.py" for name in ("conformance", "compile"))
     ),
     "conformance": tests(560, f"{PACKAGE}/test_conformance.py"),
+    "decode-graphs": decoding(560, "graphs", "--cases", "1x4096", "8x4096", "1x32768", "1x131072"),
+    "decode-compiled": decoding(560, "compiled", "--cases", "1x4096", "1x131072"),
 }
 
 
