@@ -89,19 +89,19 @@ class SplitPast(ABC):
         self.packed.check_query(query, self.length)
         if not self.sinks.count and not self.recent_tokens:
             return self._attend_pages(query, seq_starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
-        if seq_starts is None and window is None and query.shape[2] == 1 and self._is_plain():
+        recent = self.plain_recent() if seq_starts is None and window is None and query.shape[2] == 1 else None
+        if recent is not None:
             packed = self.packed.attend(query, scaling=scaling, softcap=softcap)
-            tokens = self._exact(self.recent_at()[0])
-            return add_tokens(packed, query, *tokens, scaling=scaling, softcap=softcap, sinks=sinks)
+            return add_tokens(packed, query, *self._exact(recent), scaling=scaling, softcap=softcap, sinks=sinks)
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
         exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
         if isinstance(self.border, int) and self.border == 0:
             return exact
         return merge_attended(self._attend_packed(query, starts, window, scaling=scaling, softcap=softcap), exact)
 
-    def _is_plain(self) -> bool:
-        """Whether a last query that sees everything sees the packed tokens, one at least, and then the recent ones."""
-        return not self.sinks.count and isinstance(self.border, int) and self.border > 0
+    def plain_recent(self) -> Gathered | None:
+        """The recent tokens, if the last query sees the packed tokens, one at least, and then these; None otherwise."""
+        return None
 
     def query_positions(self, q_len: int) -> Tensor:
         """Positions int64 ``[q_len]`` of queries that stand at the end."""

@@ -86,6 +86,10 @@ class WindowedPast(SplitPast):
         """See :meth:`SplitPast.recent_at`."""
         return self.recent, torch.arange(self.border, self.length, device=self.device)
 
+    def plain_recent(self) -> Gathered | None:
+        """See :meth:`SplitPast.plain_recent`."""
+        return self.recent if self.border and not self.sinks.count else None
+
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
         """As :meth:`PackedPast.read`; tokens in a window are exact."""
         if not 0 <= start <= stop <= self.length:
@@ -174,16 +178,18 @@ class WindowedSequences:
             self._shift(leaving, keys, values)
             return
         held = [torch.cat(pair, 2) for pair in zip(self.recent, (keys, values), strict=True)]
-        self.packed.append(*(x[:, :, :leaving] for x in held))
+        self.packed.add(*(x[:, :, :leaving] for x in held))
         # A view would keep the whole prompt alive.
         self.recent = Gathered(*(x[:, :, leaving:].clone() for x in held))
 
     def _shift(self, leaving: int, keys: Tensor, values: Tensor) -> None:
         """Pack the first ``leaving`` recent tokens and add new ones, with no copy but the window's own."""
+        recent: tuple[Tensor, ...] = self.recent
         if leaving:
-            self.packed.append(*(x[:, :, :leaving] for x in self.recent))
-        pairs = zip(self.recent, (keys, values), strict=True)
-        self.recent = Gathered(*(torch.cat((old[:, :, leaving:], new), 2) for old, new in pairs))
+            parts = [torch.split_with_sizes(x, (leaving, x.shape[2] - leaving), 2) for x in recent]
+            self.packed.add(*(first for first, _ in parts))
+            recent = tuple(rest for _, rest in parts)
+        self.recent = Gathered(*(torch.cat(pair, 2) for pair in zip(recent, (keys, values), strict=True)))
 
     def adopt_exact(
         self, recent_keys: Tensor, recent_values: Tensor, sink_keys: Tensor, sink_values: Tensor, sink_starts: Tensor
