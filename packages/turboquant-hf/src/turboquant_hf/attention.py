@@ -37,7 +37,7 @@ _HARMLESS = {
     "use_cache",
 }
 _UNDERSTOOD = {"dropout", "is_causal", "s_aux", "sliding_window", "softcap"}
-_OFFSET_MATTERS = {"s_aux", "softcap"}
+_OFFSET_MATTERS = ("s_aux", "softcap")
 _KNOWN = _HARMLESS | _UNDERSTOOD
 
 # sdpa drops these, or refuses them at the prompt: doing otherwise over a packed past would be another model.
@@ -48,8 +48,10 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 def _unknown_argument(kwargs: dict[str, Any]) -> str | None:
     """The first argument that might change the result in a way that packed attention does not know."""
-    is_set = (name for name, value in kwargs.items() if value is not None and value is not False)
-    return next((name for name in is_set if name not in _KNOWN), None)
+    for name, value in kwargs.items():
+        if value is not None and value is not False and name not in _KNOWN:
+            return name
+    return None
 
 
 def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -70,7 +72,7 @@ def _visibility(
         return "sliding window shorter than the packed past"
     if query.shape[2] > LARGEST_FUSED_QUERY:
         return LONG_QUERY
-    unfit = unfit_query(step, query, needs_offset=bool(_OFFSET_MATTERS & {n for n in kwargs if kwargs[n] is not None}))
+    unfit = unfit_query(step, query, needs_offset=any(kwargs.get(name) is not None for name in _OFFSET_MATTERS))
     if unfit is not None:
         return unfit
     return visibility_of(step, query, mask, _is_causal(module, kwargs))

@@ -1,0 +1,59 @@
+"""What a decode step costs the host besides its kernels: a GPU waits for every operation that is dispatched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from turboquant_core import Attended, CacheCodec, KernelRequest, ReferenceProvider, selection
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.attention import turboquant_attention
+
+MOST_OPERATIONS = 37
+"""Of an update and its attention with the default window: views count too, and two of :class:`NoKernels`."""
+
+
+class NoKernels(ReferenceProvider):
+    """Stores nothing and attends to nothing."""
+
+    name = "none"
+
+    def unsupported_reason(self, request: KernelRequest) -> str | None:
+        """See :meth:`KernelProvider.unsupported_reason`."""
+        return None
+
+    def store(self, key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec: CacheCodec) -> None:
+        """See :meth:`KernelProvider.store`."""
+
+    def attend(self, query: Tensor, *_: Any, **options: Any) -> Attended:
+        """See :meth:`KernelProvider.attend`."""
+        return Attended(query, query[..., 0].float())
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and call."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.default_window
+def test_operations_of_a_step(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "load_provider", lambda name: NoKernels())
+    cache = TurboQuantCache(llama.config, provider="none", center_keys=False)
+    module = llama.model.layers[0].self_attn
+    keys, values, query = (torch.zeros(1, heads, 40, 32, dtype=torch.bfloat16) for heads in (2, 2, 4))
+    cache.update(keys, values, 0)
+    key, value, one = (x[:, :, :1] for x in (keys, values, query))
+    with torch.no_grad(), Counter() as counter:
+        turboquant_attention(module, one, *cache.update(key, value, 0), None, scaling=0.1)
+    assert counter.count <= MOST_OPERATIONS
+    assert cache.layers[0].counters.path == "fused"
