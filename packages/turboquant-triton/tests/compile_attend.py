@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -60,6 +61,12 @@ def single_warps(
     return f"warp {key_bits}/{value_bits}", attend_warp_kernel, constants, {}, options
 
 
+def register_orders(ttgir: str) -> list[str]:
+    """Type and ``kWidth`` of every matrix operand that is unpacked in registers."""
+    operand = r"tensor<[0-9x]+x(i8|i16), #ttg\.dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d+)\}>>"
+    return sorted({f"{kind}/{width}" for kind, width in re.findall(operand, ttgir)})
+
+
 def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]]:
     """Name, kernel, compile-time arguments, types and options of every kernel of attention."""
     pairs = [(4, 4), (3, 3), (2, 2), (4, 16)]
@@ -106,5 +113,7 @@ if __name__ == "__main__":
     capability, head_dim = (int(argument) for argument in sys.argv[1:])
     for name, kernel, constants, types, options in launches(head_dim, capability >= 90):
         binary = compiled_for(kernel, signature(kernel, constants, **types), constants, capability, **options)
-        copies = binary.asm["ttgir"].count("ttg.async_copy_global_to_local")
-        print(json.dumps({"name": name, "copies": copies, **resources(binary)}), flush=True)
+        ttgir = binary.asm["ttgir"]
+        copies = ttgir.count("ttg.async_copy_global_to_local")
+        orders = register_orders(ttgir) if name.startswith("permute") else []
+        print(json.dumps({"name": name, "copies": copies, "orders": orders, **resources(binary)}), flush=True)

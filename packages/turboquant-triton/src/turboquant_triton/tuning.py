@@ -52,8 +52,7 @@ def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> 
     if key_bits == 4 and value_bits == 4 and head_dim > 64:
         programs = 6 if few else 5 if n <= 16 else 4
         return AttendConfig(block=128, num_warps=2, num_stages=3, programs_per_sm=programs)
-    # At 3 bits eleven fit with Triton 3.6, which takes more shared memory for the same kernel.
-    programs = 8 if not few else 11 if 3 in (key_bits, value_bits) else 12
+    programs = 12 if few else 8
     registers = 168 if few and head_dim <= 64 else None
     return AttendConfig(64, 1, num_stages=3, programs_per_sm=programs, max_registers=registers)
 
