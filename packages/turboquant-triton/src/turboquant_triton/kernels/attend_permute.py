@@ -91,8 +91,8 @@ def load_scales(
     else:
         slot = (tile * BLOCK + 2 * pair) % PAGE_SIZE
         rows = (chunk_base + page.to(tl.int64) * page_stride + OFFSET + slot * 2).to(tl.pointer_type(tl.int32))
-    # Not joined from two halves: behind a join, Triton 3.6 takes the weights for 8 bits wide and gives the value operand
-    # another register order.
+    # Not joined from two halves: behind a join, Triton 3.6 takes the weights for 8 bits wide, and gives the value
+    # operand another register order.
     both = tl.broadcast_to(tl.load(rows)[:, None], (BLOCK // 2, 2))
     half = (both >> (16 * tl.arange(0, 2))[None, :]).to(tl.int16).to(tl.float16, bitcast=True)
     return tl.reshape(half, (BLOCK,))
