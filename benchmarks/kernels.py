@@ -3,9 +3,10 @@
 One decode step (prepare, attend, merge) over packed pages at 4, 3 and 2 bits, and the time that reading the packed
 bytes takes at the measured bandwidth. Beside it whatever is installed: FlashAttention-3 from a vLLM build, else
 FlashAttention-2; torch's SDPA; vLLM's own TurboQuant kernels; fused-turboquant. An absent one is named with the reason.
-Then storing keys and values (a decode append and a prefill), encode and decode. Medians of CUDA-graph replays,
-second-level cache flushed before each. What is known is written after each row, so that a run that is cut keeps it;
-rivals other than FlashAttention-3 come last. ``--sweep`` tries launch parameters instead.
+Then storing keys and values (a decode append and a prefill), encode and decode, each with the searched codes of caches
+and with the nearest codes. Medians of CUDA-graph replays, second-level cache flushed before each. What is known is
+written after each row, so that a run that is cut keeps it; rivals other than FlashAttention-3 come last. ``--sweep``
+tries launch parameters instead.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ from timing import microseconds, read_bandwidth
 from torch import Tensor
 
 from turboquant_core import CacheCodec, Codec, KernelProvider, KernelRequest, PageLayout, VectorLayout, load_provider
+from turboquant_core.scale import CACHE_RULE, ScaleRule
 
 HERE = Path(__file__).parent
+DEVICE = "cuda"
 BITS = (4, 3, 2)
 HEAD_DIMS = (64, 128, 256)
 KV_HEADS = 8
@@ -50,6 +53,8 @@ SWEPT = ("4/128/4", "3/128/4", "2/128/4", "3/256/4", "4/64/4", "3/64/4", "2/64/4
 REFERENCES = ("fa3", "fa2", "sdpa")
 APPEND_TOKENS = 32
 PREFILL_TOKENS = 1 << 17
+# What caches store, and the nearest codes with a scale of the same property: what the search costs.
+SCALE_RULES: tuple[ScaleRule, ...] = (CACHE_RULE, "unbiased")
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,11 @@ def page_layout(shape: Shape, bits: int, page_size: int) -> PageLayout:
 def random_pages(layout: PageLayout, shape: Shape) -> tuple[Tensor, Tensor]:
     """Pages of random codes with scales of ordinary size, in random order."""
     count = shape.batch * layout.pages_for(shape.tokens)
-    pages = torch.randint(0, 256, layout.pages_shape(count), dtype=torch.uint8, device="cuda")
+    pages = torch.randint(0, 256, layout.pages_shape(count), dtype=torch.uint8, device=DEVICE)
     scales = pages[..., layout.key_scale_offset :]
-    values = 0.06 + 0.05 * torch.rand(*scales.shape[:2], scales.shape[2] // 2, device="cuda")
+    values = 0.06 + 0.05 * torch.rand(*scales.shape[:2], scales.shape[2] // 2, device=DEVICE)
     pages[..., layout.key_scale_offset :] = values.half().view(torch.uint8)
-    return pages, torch.randperm(count, device="cuda").int().view(shape.batch, -1).contiguous()
+    return pages, torch.randperm(count, device=DEVICE).int().view(shape.batch, -1).contiguous()
 
 
 def packed_step(
@@ -101,13 +106,13 @@ def packed_step(
 ) -> Callable[[], Tensor]:
     """One decode step of ours, all memory given, or its scratch allocated in each call."""
     layout = page_layout(shape, bits, page_size)
-    codec = CacheCodec.create(layout, device="cuda")
+    codec = CacheCodec.create(layout, device=DEVICE)
     pages, block_table = random_pages(layout, shape)
-    query = torch.randn(shape.batch, KV_HEADS * shape.group, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-    lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device="cuda")
+    query = torch.randn(shape.batch, KV_HEADS * shape.group, shape.head_dim, device=DEVICE, dtype=torch.bfloat16)
+    lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=DEVICE)
     request = KernelRequest(layout, query.device, query.dtype, shape.group)
     size = provider.workspace_bytes(request, shape.batch, shape.batch)
-    workspace = None if allocate else torch.empty(size, dtype=torch.uint8, device="cuda")
+    workspace = None if allocate else torch.empty(size, dtype=torch.uint8, device=DEVICE)
     out = torch.empty_like(query)
     scaling = shape.head_dim**-0.5
     return lambda: (
@@ -138,8 +143,8 @@ def rival_times(
     shape: Shape, library: Path | None, absent: dict[str, str], chosen: Collection[str]
 ) -> dict[str, float]:
     """Microseconds of each rival of those ``chosen`` that is here; why the others are not goes into ``absent``."""
-    q = torch.randn(shape.batch, KV_HEADS * shape.group, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(shape.batch, shape.tokens, KV_HEADS, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(shape.batch, KV_HEADS * shape.group, shape.head_dim, device=DEVICE, dtype=torch.bfloat16)
+    k = torch.randn(shape.batch, shape.tokens, KV_HEADS, shape.head_dim, device=DEVICE, dtype=torch.bfloat16)
     v = torch.randn_like(k)
     times: dict[str, float] = {}
     for name, prepare in contenders(shape, library, chosen).items():
@@ -172,27 +177,32 @@ def attention(
     return row
 
 
-def vectors(provider: KernelProvider, head_dim: int, bits: int, bandwidth: float) -> dict[str, Any]:
+def vectors(
+    provider: KernelProvider, head_dim: int, bits: int, scale_rule: ScaleRule, bandwidth: float
+) -> dict[str, Any]:
     """Microseconds to encode and to decode the vectors of a prefill, beside the time to move their bytes."""
-    codec = Codec.create(VectorLayout(head_dim, bits, "int8"), device="cuda")
-    x = torch.randn(PREFILL_TOKENS, KV_HEADS, head_dim, device="cuda", dtype=torch.bfloat16)
+    codec = Codec.create(VectorLayout(head_dim, bits, "int8"), device=DEVICE, scale_rule=scale_rule)
+    x = torch.randn(PREFILL_TOKENS, KV_HEADS, head_dim, device=DEVICE, dtype=torch.bfloat16)
     packed = provider.encode(x, codec)
     return {
         "head_dim": head_dim,
         "bits": bits,
+        "scale_rule": scale_rule,
         "limit": (x.nbytes + packed.nbytes) / bandwidth * 1e6,
         "encode": microseconds(lambda: provider.encode(x, codec)),
         "decode": microseconds(lambda: provider.decode(packed, codec, torch.bfloat16)),
     }
 
 
-def store_step(provider: KernelProvider, tokens: int, layout: PageLayout) -> tuple[Callable[[], Tensor], int]:
+def store_step(
+    provider: KernelProvider, tokens: int, layout: PageLayout, scale_rule: ScaleRule = CACHE_RULE
+) -> tuple[Callable[[], Tensor], int]:
     """Packing keys and values of ``tokens`` tokens, which gives the pages; and the bytes that it moves."""
-    codec = CacheCodec.create(layout, device="cuda")
-    pages = torch.zeros(layout.pages_shape(layout.pages_for(tokens)), dtype=torch.uint8, device="cuda")
+    codec = CacheCodec.create(layout, device=DEVICE, key_scale=scale_rule, value_scale=scale_rule)
+    pages = torch.zeros(layout.pages_shape(layout.pages_for(tokens)), dtype=torch.uint8, device=DEVICE)
     shape = (2, tokens, KV_HEADS, layout.key.head_dim)
-    key, value = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    slots = torch.arange(tokens, device="cuda")
+    key, value = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    slots = torch.arange(tokens, device=DEVICE)
 
     def step() -> Tensor:
         provider.store(key, value, pages, slots, codec)
@@ -202,12 +212,18 @@ def store_step(provider: KernelProvider, tokens: int, layout: PageLayout) -> tup
 
 
 def store(
-    provider: KernelProvider, tokens: int, head_dim: int, bits: int, page_size: int, bandwidth: float
+    provider: KernelProvider, tokens: int, layout: PageLayout, scale_rule: ScaleRule, bandwidth: float
 ) -> dict[str, Any]:
     """Microseconds to pack keys and values of ``tokens`` tokens, beside the time to move their bytes."""
-    step, moved = store_step(provider, tokens, page_layout(Shape(1, tokens, head_dim=head_dim), bits, page_size))
-    limit = moved / bandwidth * 1e6
-    return {"tokens": tokens, "head_dim": head_dim, "bits": bits, "limit": limit, "store": microseconds(step)}
+    step, moved = store_step(provider, tokens, layout, scale_rule)
+    return {
+        "tokens": tokens,
+        "head_dim": layout.key.head_dim,
+        "bits": layout.key.bits,
+        "scale_rule": scale_rule,
+        "limit": moved / bandwidth * 1e6,
+        "store": microseconds(step),
+    }
 
 
 def sweep_class(
@@ -286,12 +302,6 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
     plt.close(figure)
 
 
-def replot(arguments: argparse.Namespace) -> None:
-    """Draw the plot from the JSON of an earlier run; needs no GPU."""
-    results = json.loads(arguments.json.read_text(encoding="utf-8"))["results"]
-    plot(results[f"attention_page_{arguments.page_sizes[0]}"], arguments.plot)
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fa3", type=Path, help="vLLM's _vllm_fa3_C shared library; an installed vLLM otherwise")
@@ -299,7 +309,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[128, 64, 32, 16])
     parser.add_argument("--json", type=Path, help="where the results go; a file in benchmarks/results otherwise")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "images" / "kernels.png")
-    parser.add_argument("--replot", action="store_true", help="only draw the plot of the JSON file")
+    parser.add_argument(
+        "--report", action="store_true", help="only print the tables of the JSON file and draw its plot"
+    )
     parser.add_argument("--processes", type=int, default=1, help="of --sweep: compile in so many beside one another")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     help_text = f"try launch parameters of classes bits/head_dim/group or store/bits/head_dim; {' '.join(SWEPT)}"
@@ -314,13 +326,14 @@ def vector_operations(
     provider: KernelProvider, page_size: int, bandwidth: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of storing, encoding and decoding."""
-    for tokens, head_dim, bits in product((APPEND_TOKENS, PREFILL_TOKENS), HEAD_DIMS, BITS):
-        yield "store", store(provider, tokens, head_dim, bits, page_size, bandwidth)
-    for head_dim, bits in product(HEAD_DIMS, BITS):
-        yield "vectors", vectors(provider, head_dim, bits, bandwidth)
+    for tokens, head_dim, bits, rule in product((APPEND_TOKENS, PREFILL_TOKENS), HEAD_DIMS, BITS, SCALE_RULES):
+        layout = page_layout(Shape(1, tokens, head_dim=head_dim), bits, page_size)
+        yield "store", store(provider, tokens, layout, rule, bandwidth)
+    for head_dim, bits, rule in product(HEAD_DIMS, BITS, SCALE_RULES):
+        yield "vectors", vectors(provider, head_dim, bits, rule, bandwidth)
 
 
-def measure(provider: KernelProvider, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(provider: KernelProvider, arguments: argparse.Namespace) -> None:
     """Every table, written to the file row by row."""
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth / 1e12:.2f} TB/s, microseconds", flush=True)
@@ -339,7 +352,12 @@ def measure(provider: KernelProvider, arguments: argparse.Namespace) -> dict[str
     for row, shape in zip(results[f"attention_page_{first}"], SHAPES, strict=True):
         row.update(rival_times(shape, arguments.fa3, absent, packed))
         write_json(arguments.json, results)
-    return results
+
+
+def rows_table(rows: list[dict[str, Any]]) -> str:
+    """A column for every name that a row has; ``-`` where a row, of an older command, lacks it."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return table(names, [[row.get(name, "-") for name in names] for row in rows])
 
 
 def show(results: dict[str, Any]) -> None:
@@ -347,16 +365,25 @@ def show(results: dict[str, Any]) -> None:
     for name, rows in results.items():
         if name.startswith("attention"):
             print(f"\n{name.replace('attention_page_', 'pages of ')} tokens\n\n{attention_table(rows)}")
-        elif name in ("store", "vectors"):
-            print("\n" + table(list(rows[0]), [list(row.values()) for row in rows]))
-    for name, reason in results["absent"].items():
+        elif name in ("store", "vectors") and rows:
+            print(f"\n{name}\n\n{rows_table(rows)}")
+    for name, reason in results.get("absent", {}).items():
         print(f"absent: {name}: {reason}")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the tables of a JSON file, and draw its plot where FlashAttention-3 ran; needs no GPU."""
+    results = json.loads(arguments.json.read_text(encoding="utf-8"))["results"]
+    show(results)
+    rows = results.get(f"attention_page_{arguments.page_sizes[0]}", [])
+    if rows and all("fa3" in row for row in rows):
+        plot(rows, arguments.plot)
 
 
 def main() -> None:
     arguments = parsed()
-    if arguments.replot:
-        replot(arguments)
+    if arguments.report:
+        report(arguments)
         return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: these figures are of a GPU")
@@ -366,10 +393,8 @@ def main() -> None:
             compile_swept(arguments)
         sweep_all(provider, arguments)
         return
-    results = measure(provider, arguments)
-    show(results)
-    if "fa3" in results[f"attention_page_{arguments.page_sizes[0]}"][0]:
-        replot(arguments)
+    measure(provider, arguments)
+    report(arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""What of the kernel benchmark needs no GPU: its command line, its tables, and the rows of storing and encoding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from turboquant_core import ReferenceProvider
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT / "benchmarks"))
+
+import kernels  # noqa: E402
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The command without the seconds that an interpreter takes to import torch."""
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
+    kernels.main()
+
+
+def test_help_needs_no_gpu() -> None:
+    command = [sys.executable, "benchmarks/kernels.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--sweep" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_figure_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        main(monkeypatch)
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of every row of storing, encoding and decoding a few tokens, run on the CPU and not timed."""
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "HEAD_DIMS", (64,))
+    monkeypatch.setattr(kernels, "APPEND_TOKENS", 3)
+    monkeypatch.setattr(kernels, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(kernels, "microseconds", lambda work: float(work() is not None))
+    results: dict[str, list[dict[str, Any]]] = {"store": [], "vectors": []}
+    for name, row in kernels.vector_operations(ReferenceProvider(), 16, 1e12):
+        results[name].append(row)
+    target = tmp_path / "kernels.json"
+    target.write_text(json.dumps({"results": results}))
+    return target
+
+
+def test_storing_and_encoding_are_timed_with_searched_and_with_nearest_codes(written: Path) -> None:
+    results = json.loads(written.read_text())["results"]
+    rules, bits = ("searched", "unbiased"), (4, 3, 2)
+    assert [(row["tokens"], row["bits"], row["scale_rule"]) for row in results["store"]] == [
+        (tokens, width, rule) for tokens in (3, 40) for width in bits for rule in rules
+    ]
+    assert [(row["bits"], row["scale_rule"]) for row in results["vectors"]] == [
+        (width, rule) for width in bits for rule in rules
+    ]
+    assert all(row["store"] == 1 and row["limit"] > 0 for row in results["store"])
+    assert all(row["encode"] == row["decode"] == 1 for row in results["vectors"])
+
+
+def test_the_rules_give_other_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    layout = kernels.page_layout(kernels.Shape(1, 40, head_dim=64), 4, 16)
+    pages = []
+    for rule in kernels.SCALE_RULES:
+        torch.manual_seed(0)
+        pages.append(kernels.store_step(ReferenceProvider(), 40, layout, rule)[0]())
+    assert not torch.equal(*pages)
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("kernels", "| tokens | bits | limit | store |"), ("kernels_h100", "| shape | fa3 |")],
+)
+def test_tables_of_files_of_older_commands(
+    name: str, header: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(monkeypatch, "--report", "--json", str(RESULTS / f"{name}.json"), "--plot", str(tmp_path / "plot.png"))
+    assert header in capsys.readouterr().out
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_tables_name_the_rule(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(monkeypatch, "--report", "--json", str(written))
+    printed = capsys.readouterr().out
+    assert "| tokens | head_dim | bits | scale_rule | limit | store |" in printed
+    assert "| 40 | 64 | 4 | unbiased |" in printed
+
+
+def test_rows_of_several_commands_make_one_table() -> None:
+    rows = [{"tokens": 32, "store": 1.5}, {"tokens": 32, "scale_rule": "searched", "store": 2.5}]
+    assert kernels.rows_table(rows).splitlines() == [
+        "| tokens | store | scale_rule |",
+        "|---|---|---|",
+        "| 32 | 1.5 | - |",
+        "| 32 | 2.5 | searched |",
+    ]
