@@ -138,3 +138,29 @@ def test_texts_part_by_the_lead_of_the_expected_token() -> None:
     assert serving_preflight.leads(expected, [text(7, 7), text(7, 8), text(9, 7)]) == [0.125, 1.5]
     assert serving_preflight.leads([text(7)], [text(3)]) == [float("inf")]
     assert sys.modules["serving_preflight"].TIE == 0.25
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_an_engine_whose_answers_change_after_sleep_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import serving_preflight
+
+    def text(token: int) -> dict[str, Any]:
+        return {"tokens": [token], "logprobs": [{"7": -0.5, "8": -0.625, "9": -2.0}]}
+
+    rounds = {"eager": [[text(7)], [text(7)]], "graphs": [[text(8)], [text(8)]], "sleep": [[text(7)], [text(9)]]}
+
+    def ask(name: str, *_: object) -> list[Any]:
+        if name not in rounds:
+            raise serving_preflight.NotHereError("no such thing here")
+        return rounds[name]
+
+    monkeypatch.setattr(serving_preflight, "ask", ask)
+    assert serving_preflight.check_all(["eager", "graphs", "chunked"], tmp_path, 1.0)
+    assert not serving_preflight.check_all(["eager", "sleep", "chunked"], tmp_path, 1.0)
+    results = json.loads((tmp_path / "preflight.json").read_text())
+    assert {name: result["passed"] for name, result in results.items()} == {
+        "eager": True,
+        "sleep": False,
+        "chunked": None,
+    }
+    assert "before sleep" in results["sleep"]["told"]
