@@ -10,8 +10,10 @@ from torch import Tensor
 from ..codec import CacheCodec, Codec
 from ..halves import by_part, joined
 from ..layout import ExactRows, PageLayout, RawLayout, VectorLayout
+from ..packing import unpack_codes
+from ..provider import Packed
 from ..reference import ReferenceProvider
-from ..scale import MULTIPLIERS, ScaleRule
+from ..scale import MULTIPLIERS, ScaleRule, to_stored, vector_scale
 from ..slots import slots_at
 
 SEARCH_TOLERANCE = 1e-6
@@ -146,6 +148,17 @@ def code_distance(unit: Tensor, codec: Codec) -> Tensor:
     rival = cosine.masked_fill(same, -1).amax(0)
     undecided = rival >= cosine.amax(0) - SEARCH_TOLERANCE
     return distance.masked_fill(undecided.unsqueeze(-1), 0)
+
+
+def expected_scales(packed: Packed, reference: Packed, rotated: Tensor, codec: Codec) -> Tensor:
+    """Scales fp16 ``[...]`` that belong to the codes of ``packed``.
+
+    The reference's where the codes of a vector are the reference's; of other codes, which rounding may choose
+    (:func:`code_distance`), what the codec's rule gives for ``rotated`` ``[..., head_dim]``.
+    """
+    own = vector_scale(rotated, codec.levels_of(unpack_codes(packed.codes, codec.layout)), codec.scale_rule)
+    same = (packed.codes == reference.codes).all(-1)
+    return torch.where(same, reference.scales, to_stored(own))
 
 
 def random_query(case: PagedCase, tokens: int, group_size: int, dtype: torch.dtype, *, seed: int = 1) -> Tensor:
