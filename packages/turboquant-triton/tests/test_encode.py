@@ -14,7 +14,7 @@ from turboquant_core.reference import ReferenceProvider
 from turboquant_core.rotation import rotate
 from turboquant_core.scale import SCALE_RULES
 from turboquant_core.shaping import shaped
-from turboquant_core.testing.cases import code_distance, random_vectors
+from turboquant_core.testing.cases import code_distance, expected_scales, random_vectors
 from turboquant_triton import TritonProvider
 from turboquant_triton.kernels.encode import encode
 
@@ -31,21 +31,20 @@ def codec_of(head_dim: int, bits: float, form: Any, device: torch.device, **opti
     return Codec.create(VectorLayout(head_dim, bits, form), device=device, **options)
 
 
-def near_boundary(x: Tensor, codec: Codec) -> Tensor:
-    """Where a rotated coordinate lies within ``BOUNDARY`` of a boundary, relative to the larger of it and 1."""
-    center = 0.0 if codec.center is None else codec.center
-    rotated = rotate(x.double() - center, codec.signs)
-    unit = rotated / rotated.square().mean(-1, keepdim=True).sqrt()
-    return code_distance(unit, codec) <= BOUNDARY * unit.abs().clamp(min=1)
-
-
 def assert_same(got: Packed, expected: Packed, x: Tensor, codec: Codec) -> None:
-    """Equal bytes, but for codes beside a boundary and the scales of their vectors, within an fp16 step or two."""
+    """Equal bytes, but for codes beside a boundary and the scales of their vectors, within an fp16 step or two.
+
+    Beside a boundary is within ``BOUNDARY`` of it, relative to the larger of the coordinate and 1.
+    """
     assert got.codes.shape == expected.codes.shape
     assert got.scales.shape == expected.scales.shape
+    rotated = rotate(x.double() - (0.0 if codec.center is None else codec.center), codec.signs)
+    unit = rotated / rotated.square().mean(-1, keepdim=True).sqrt()
+    near_boundary = code_distance(unit, codec) <= BOUNDARY * unit.abs().clamp(min=1)
     differs = unpack_codes(got.codes, codec.layout) != unpack_codes(expected.codes, codec.layout)
-    assert not (differs & ~near_boundary(x, codec)).any()
-    torch.testing.assert_close(got.scales, expected.scales, rtol=2e-3, atol=6e-8)
+    assert not (differs & ~near_boundary).any()
+    scales = expected_scales(got, expected, rotated, codec)
+    torch.testing.assert_close(got.scales, scales, rtol=2e-3, atol=6e-8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,6 +81,24 @@ def test_every_scale_rule(head_dim: int, bits: float, rule: Any, device: torch.d
     codec = codec_of(head_dim, bits, "cubic", device, scale_rule=rule)
     x = vectors((4, head_dim), torch.float16, device)
     assert_same(encode(x, codec), ReferenceProvider().encode(x, codec), x, codec)
+
+
+@pytest.mark.parametrize("form", ["int8", "cubic"])
+@pytest.mark.parametrize(
+    ("head_dim", "bits"),
+    [(d, b) for d in HEAD_DIMS for b in (2, 3, 4)] + [(d, b) for d in (32, 96, 128, 160, 256) for b in (2.5, 3.5)],
+)
+def test_searched_codes(head_dim: int, bits: float, form: Any, device: torch.device) -> None:
+    center = torch.randn(1, head_dim) if bits == 4 else None
+    codec = codec_of(head_dim, bits, form, device, scale_rule="searched", center=center)
+    x = vectors((24, 1, head_dim), torch.float16, device, seed=head_dim)
+    x[3], x[7, 0, 5] = 0, torch.inf
+    got, expected = encode(x, codec), ReferenceProvider().encode(x, codec)
+    assert torch.equal(got.scales.isnan(), expected.scales.isnan())
+    assert torch.equal(got.codes[7], expected.codes[7])
+    keep = torch.arange(24, device=device) != 7
+    got, expected = (Packed(packed.codes[keep], packed.scales[keep]) for packed in (got, expected))
+    assert_same(got, expected, x[keep], codec)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,65 +9,22 @@ from torch import Tensor
 
 from turboquant_core import Codec, Packed
 from turboquant_core.reference.vectors import check_vectors
-from turboquant_core.scale import MULTIPLIERS
 
 from ..launch import adjacent, bits_code, check_packable, part_columns, rotation_operand, rows_config, unit_dtype
 from .pack import pack_part, store_units
-from .quantize import level_index, load_bounds, load_levels, nearest, stored_scale, vector_scale
+from .quantize import (
+    level_index,
+    load_bounds,
+    load_indices,
+    load_levels,
+    nearest,
+    nearest_index,
+    stored_scale,
+    vector_scale,
+)
 from .rotate import load_vectors, power_of_two, rotate_part, signed_halves
+from .search import best_trial, both_sums, search_sums
 from .widths import code_fields, first_width, is_mixed, lowest_word, row_bytes, second_width, unit_bytes
-
-LEAST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
-MULTIPLIER_STEP = tl.constexpr(MULTIPLIERS[1] - MULTIPLIERS[0])
-MULTIPLIER_COUNT = tl.constexpr(len(MULTIPLIERS))
-TRIALS = tl.constexpr(triton.next_power_of_2(len(MULTIPLIERS)))
-
-
-@triton.jit
-def search_sums(
-    halves,
-    matrix,
-    normalize,
-    boundaries,
-    levels,
-    position,
-    D: tl.constexpr,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """``<u, l>`` and ``|l|^2`` ``[rows, TRIALS]``, ``l`` the levels nearest to multiples of a part's coordinates."""
-    ROWS: tl.constexpr = normalize.shape[0]
-    POSITIONS: tl.constexpr = triton.next_power_of_2(SIZE)
-    FIELDS: tl.constexpr = code_fields(BITS)
-    UNITS: tl.constexpr = POSITIONS // FIELDS
-    bounds = load_bounds(boundaries, BITS)
-    table = load_levels(levels, boundaries, BITS)
-    trial = tl.arange(0, TRIALS)[None, :]
-    inner = tl.zeros((ROWS, TRIALS), tl.float32)
-    power = tl.zeros((ROWS, TRIALS), tl.float32)
-    present = (tl.arange(0, COLUMNS) % UNITS < SIZE // FIELDS)[None, :]
-    for first in range(0, POSITIONS, COLUMNS):
-        rotated = rotate_part(halves, matrix, position + first, D, SPLIT, COLUMNS) * normalize[:, None]
-        magnitude = tl.abs(rotated)
-        for index in range(MULTIPLIER_COUNT):
-            level = nearest(magnitude * (LEAST_MULTIPLIER + MULTIPLIER_STEP * index), bounds, table, BITS)
-            own = trial == index
-            inner += tl.where(own, tl.sum(magnitude * level, 1)[:, None], 0.0)
-            if POSITIONS != SIZE:
-                level = tl.where(present, level, 0.0)
-            power += tl.where(own, tl.sum(level * level, 1)[:, None], 0.0)
-    return inner, power
-
-
-@triton.jit
-def best_multiplier(inner, power):
-    """The multiplier ``[rows]`` of the largest cosine, the first of equals; see :mod:`turboquant_core.search`."""
-    trial = tl.arange(0, TRIALS)[None, :]
-    tried = trial < MULTIPLIER_COUNT
-    squared_cosine = tl.where(tried, inner * inner / tl.where(tried, power, 1.0), -1.0)
-    return LEAST_MULTIPLIER + MULTIPLIER_STEP * tl.argmax(squared_cosine, 1).to(tl.float32)
 
 
 @triton.jit
@@ -75,7 +32,6 @@ def encode_part(
     halves,
     matrix,
     normalize,
-    multiplier,
     finite,
     boundaries,
     levels,
@@ -90,15 +46,18 @@ def encode_part(
 ):
     """Words of the ``SIZE`` coordinates from ``position`` on in codes of one width, and the sums that the scale needs.
 
-    Codes are those of the coordinates times ``multiplier`` ``[rows]``, which is 1.0 where the rule does not search.
-    The sums are ``<u, l>`` and ``|l|^2`` of coordinates ``u`` and their levels ``l`` in units of the root mean square.
+    The sums are ``<u, l>`` and ``|l|^2`` of coordinates ``u``, which ``normalize`` ``[rows]`` brings to the units of
+    levels, and their levels ``l``. The rule ``searched`` has them already.
     """
     ROWS: tl.constexpr = normalize.shape[0]
     POSITIONS: tl.constexpr = triton.next_power_of_2(SIZE)
     FIELDS: tl.constexpr = code_fields(BITS)
     UNITS: tl.constexpr = POSITIONS // FIELDS
-    bounds = load_bounds(boundaries, BITS)
-    table = load_levels(levels, boundaries, BITS)
+    if RULE == "searched":
+        table = load_indices(boundaries, BITS)
+    else:
+        bounds = load_bounds(boundaries, BITS)
+        table = load_levels(levels, boundaries, BITS)
     inner = tl.zeros((ROWS, COLUMNS), tl.float32)
     power = tl.zeros((ROWS, COLUMNS), tl.float32)
     present = (tl.arange(0, COLUMNS) % UNITS < SIZE // FIELDS)[None, :]
@@ -107,17 +66,17 @@ def encode_part(
     for first in range(0, POSITIONS, COLUMNS):
         rotated = rotate_part(halves, matrix, position + first, D, SPLIT, COLUMNS) * normalize[:, None]
         if RULE == "searched":
-            level = nearest(tl.abs(rotated) * multiplier[:, None], bounds, table, BITS)
+            index = nearest_index(tl.abs(rotated), table, BITS)
         else:
             level = nearest(tl.abs(rotated), bounds, table, BITS)
-        negative = (rotated > 0) == 0
-        word, other = pack_part((word, other), level_index(level), negative, first // UNITS, BITS, INT8)
-        if RULE == "unbiased" or RULE == "searched" or RULE == "least_squares":
+            index = level_index(level)
+        word, other = pack_part((word, other), index, (rotated > 0) == 0, first // UNITS, BITS, INT8)
+        if RULE == "unbiased" or RULE == "least_squares":
             inner += tl.abs(rotated) * level
         if RULE == "renorm" or RULE == "least_squares":
             power += tl.where(present, level * level, 0.0)
     word = tl.where(finite[:, None], word, lowest_word(BITS, INT8))
-    return word, tl.where(finite[:, None], other, 0), tl.sum(inner, 1), tl.sum(power, 1)
+    return (word, tl.where(finite[:, None], other, 0)), tl.sum(inner, 1), tl.sum(power, 1)
 
 
 @triton.jit
@@ -147,39 +106,33 @@ def encode_rows(
     finite = energy < float("inf")
     halves = signed_halves(x, signs, D, SPLIT)
     rms = tl.sqrt(energy / D) / multiplier
+    FIRST: tl.constexpr = first_width(BITS) if is_mixed(BITS) else BITS
+    SIZE: tl.constexpr = D // 2 if is_mixed(BITS) else D
+    SECOND: tl.constexpr = second_width(BITS)
+    HALF: tl.constexpr = triton.next_power_of_2(D) // 2
+    boundaries2 = boundaries + (1 << FIRST) - 1
+    levels2 = levels + (1 << FIRST)
+    if RULE == "searched":
+        sums = search_sums(halves, matrix, normalize, boundaries, levels, 0, D, SIZE, FIRST, SPLIT, COLUMNS)
+        if is_mixed(BITS):
+            second = search_sums(halves, matrix, normalize, boundaries2, levels2, HALF, D, SIZE, SECOND, SPLIT, COLUMNS)
+            sums = both_sums(sums, second)
+        factor, best = best_trial(sums)
+        normalize *= factor
+    words, inner, power = encode_part(
+        halves, matrix, normalize, finite, boundaries, levels, 0, D, SIZE, FIRST, INT8, RULE, SPLIT, COLUMNS
+    )
     if is_mixed(BITS):
-        FIRST: tl.constexpr = first_width(BITS)
-        HALF: tl.constexpr = triton.next_power_of_2(D) // 2
-        factor = 1.0
-        if RULE == "searched":
-            inner, power = search_sums(
-                halves, matrix, normalize, boundaries, levels, 0, D, D // 2, FIRST, SPLIT, COLUMNS
-            )
-            inner2, power2 = search_sums(
-                halves, matrix, normalize, boundaries + (1 << FIRST) - 1, levels + (1 << FIRST),
-                HALF, D, D // 2, second_width(BITS), SPLIT, COLUMNS,
-            )  # fmt: skip
-            factor = best_multiplier(inner + inner2, power + power2)
-        word, other, inner, power = encode_part(
-            halves, matrix, normalize, factor, finite, boundaries, levels,
-            0, D, D // 2, FIRST, INT8, RULE, SPLIT, COLUMNS,
+        words2, inner2, power2 = encode_part(
+            halves, matrix, normalize, finite, boundaries2, levels2,
+            HALF, D, SIZE, SECOND, INT8, RULE, SPLIT, COLUMNS,
         )  # fmt: skip
-        word2, other2, inner2, power2 = encode_part(
-            halves, matrix, normalize, factor, finite, boundaries + (1 << FIRST) - 1, levels + (1 << FIRST),
-            HALF, D, D // 2, second_width(BITS), INT8, RULE, SPLIT, COLUMNS,
-        )  # fmt: skip
-        scale = vector_scale(rms, inner + inner2, power + power2, RULE, D)
-        return (word, other, word2, other2), stored_scale(scale, finite)
-    else:
-        factor = 1.0
-        if RULE == "searched":
-            inner, power = search_sums(halves, matrix, normalize, boundaries, levels, 0, D, D, BITS, SPLIT, COLUMNS)
-            factor = best_multiplier(inner, power)
-        word, other, inner, power = encode_part(
-            halves, matrix, normalize, factor, finite, boundaries, levels,
-            0, D, D, BITS, INT8, RULE, SPLIT, COLUMNS,
-        )  # fmt: skip
-        return (word, other), stored_scale(vector_scale(rms, inner, power, RULE, D), finite)
+        words += words2
+        inner += inner2
+        power += power2
+    if RULE == "searched":
+        inner = best
+    return words, stored_scale(vector_scale(rms, inner, power, RULE, D), finite)
 
 
 @triton.jit

@@ -5,36 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .cells import CELLS, boundaries_below, boundary_reached, cell_of, cell_start, look_up, pair, unpair
+
 LARGEST_FP16 = tl.constexpr(65504.0)
 INDEX_MASK = tl.constexpr(7)
-# Cells of a quarter: no two boundaries of a 4-bit codebook lie in one. A number below 2**19 plus these, read as an
-# integer, counts quarters of quarters.
-CELLS = tl.constexpr(16)
-CELL = tl.constexpr(0.25)
-QUARTERS = tl.constexpr(3145728.0)
-BEYOND = tl.constexpr(3.5)
-
-
-@triton.jit
-def cell_of(magnitude):
-    """Cell of each magnitude; int32. Cell ``c`` begins at ``cell_start(c)``."""
-    quarters = (tl.minimum(magnitude, BEYOND) / CELL + QUARTERS).to(tl.int32, bitcast=True)
-    return (quarters >> 2) & (CELLS - 1)
-
-
-@triton.jit
-def cell_start(cell):
-    """Where a cell begins: what rounds to its first quarter of a quarter."""
-    return (cell.to(tl.float32) - 0.125) * CELL
-
-
-@triton.jit
-def boundaries_below(first, limit, BITS: tl.constexpr):
-    """How many positive boundaries (the first at ``first``) each ``limit`` exceeds; int32."""
-    count = tl.zeros_like(limit).to(tl.int32)
-    for index in tl.static_range((1 << (BITS - 1)) - 1):
-        count += (tl.load(first + index) < limit).to(tl.int32)
-    return count
 
 
 @triton.jit
@@ -50,8 +24,8 @@ def load_bounds(boundaries, BITS: tl.constexpr):
         return tl.load(first), tl.load(first + 1), tl.load(first + 2)
     else:
         cell = tl.arange(0, CELLS)
-        below = boundaries_below(first, cell_start(cell), BITS)
-        inside = boundaries_below(first, cell_start(cell + 1), BITS) > below
+        below = boundaries_below(first, cell_start(cell, 2), BITS)
+        inside = boundaries_below(first, cell_start(cell + 1, 2), BITS) > below
         return tl.load(first + below, mask=inside, other=float("inf"))
 
 
@@ -79,15 +53,8 @@ def load_levels(levels, boundaries, BITS: tl.constexpr):
         )
     else:
         entry = tl.arange(0, 2 * CELLS)
-        below = boundaries_below(boundaries + (1 << (BITS - 1)), cell_start(entry % CELLS), BITS)
+        below = boundaries_below(boundaries + (1 << (BITS - 1)), cell_start(entry % CELLS, 2), BITS)
         return load_level(levels, tl.minimum(below + entry // CELLS, INDEX_MASK), BITS)
-
-
-@triton.jit
-def look_up(table, index):
-    """``table[index]`` for a vector of 32 numbers at most: no two of them lie in one bank of shared memory."""
-    flat = tl.gather(table, tl.reshape(index, (index.shape[0] * index.shape[1],)), 0)
-    return tl.reshape(flat, index.shape)
 
 
 @triton.jit
@@ -104,7 +71,7 @@ def nearest(magnitude, bounds, levels, BITS: tl.constexpr):
         return tl.where(low3, tl.where(high3, levels[3], levels[1]), tl.where(high3, levels[2], levels[0]))
     else:
         # Two look-ups take fewer instructions than a tree of seven comparisons.
-        cell = cell_of(magnitude)
+        cell = cell_of(magnitude, 2)
         above = magnitude > look_up(bounds, cell)
         return look_up(levels, cell + tl.where(above, CELLS, 0))
 
@@ -113,6 +80,33 @@ def nearest(magnitude, bounds, levels, BITS: tl.constexpr):
 def level_index(level):
     """Index of a level that :func:`nearest` gave."""
     return level.to(tl.int32, bitcast=True) & INDEX_MASK
+
+
+@triton.jit
+def load_indices(boundaries, BITS: tl.constexpr):
+    """What :func:`nearest_index` takes: positive boundaries as :func:`load_bounds` gives them, at 4 bits int64 entries.
+
+    The last are the boundary in each cell and its index (:func:`pair`).
+    """
+    if BITS == 4:
+        index = boundary_reached(boundaries + (1 << (BITS - 1)), 1.0, BITS)
+        return pair(tl.load(boundaries + (1 << (BITS - 1)) + index), index)
+    else:
+        return load_bounds(boundaries, BITS)
+
+
+@triton.jit
+def nearest_index(magnitude, bounds, BITS: tl.constexpr):
+    """Index of the positive level nearest to ``magnitude``; int32."""
+    if BITS == 2:
+        return (magnitude > bounds[0]).to(tl.int32)
+    elif BITS == 3:
+        high3 = magnitude > bounds[1]
+        low3 = magnitude > tl.where(high3, bounds[2], bounds[0])
+        return tl.where(high3, 2, 0) | low3.to(tl.int32)
+    else:
+        boundary, index = unpair(look_up(bounds, cell_of(magnitude, 3)))
+        return index + (magnitude > boundary.to(tl.float32, bitcast=True)).to(tl.int32)
 
 
 @triton.jit
