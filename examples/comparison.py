@@ -87,12 +87,12 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def make_cache(model: Any, bits: int | None) -> Any:
-    """An empty cache; patches or unpatches the model for it."""
+def make_cache(model: Any, bits: int | None, verify: bool = False) -> Any:
+    """An empty cache; patches or unpatches the model for it, and compares both on request."""
     if bits is None:
         unpatch_model(model)
         return DynamicCache(config=model.config)
-    return patch_model(model, bits=bits)
+    return patch_model(model, bits=bits, verify=verify)
 
 
 def memory_of(cache: Any) -> MemoryFigures:
@@ -137,7 +137,7 @@ def compare(model: Any, tokenizer: Any, sample: Sample, advance: Callable[[int],
     """Figures of every cache of :data:`BITS`; the first is the reference of the others."""
     results, reference_scores, reference_tokens = [], None, None
     for bits in BITS:
-        scores = score(model, make_cache(model, bits), sample, advance)
+        scores = score(model, make_cache(model, bits, verify=True), sample, advance)
         cache = make_cache(model, bits)
         tokens, speed = generate(model, cache, sample, advance)
         if reference_scores is None or reference_tokens is None:
@@ -162,14 +162,13 @@ def compare(model: Any, tokenizer: Any, sample: Sample, advance: Callable[[int],
 
 @torch.inference_mode()
 def memory_by_context(model: Any, prompt: Tensor) -> dict[int | None, list[tuple[int, int]]]:
-    """Measured (tokens, bytes) of each cache at several contexts."""
-    contexts = [prompt.shape[1] * (i + 1) // CONTEXTS for i in range(CONTEXTS)]
+    """Measured (tokens, bytes) of each cache as it takes the prompt piece by piece."""
     series: dict[int | None, list[tuple[int, int]]] = {}
     for bits in BITS:
-        series[bits] = []
-        for context in contexts:
-            cache = make_cache(model, bits)
-            model(prompt[:, :context], **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+        series[bits], context, cache = [], 0, make_cache(model, bits)
+        for piece in prompt.chunk(CONTEXTS, dim=1):
+            model(piece, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+            context += piece.shape[1]
             series[bits].append((context, memory_of(cache).stored))
     unpatch_model(model)
     return series

@@ -19,7 +19,7 @@ from ..arguments import (
 from ..codec import CacheCodec, check_center
 from ..dense import attend_dense
 from ..layout import PageLayout
-from ..provider import Attended
+from ..provider import Attended, Gathered
 from ..rotation import rotate, unrotate
 from .pages import check_pages, gather
 
@@ -60,29 +60,37 @@ def attend(
     out = query.new_empty(shape) if out is None else out
     out.zero_()
     lse = query.new_full(shape[:2], -torch.inf, dtype=torch.float32)
-    for row, ((first, last), seq_len) in enumerate(zip(bounds, seq_lens.tolist(), strict=True)):
-        if seq_len == 0 and options.sinks is not None:
+    lengths, tables = seq_lens.tolist(), block_table.tolist()
+    for row, (first, last) in enumerate(bounds):
+        if lengths[row] == 0 and options.sinks is not None:
             lse[first:last] = options.sinks
-        if seq_len == 0 or first == last:
-            continue
-        visible = _visible(last - first, seq_len, starts[row], options.window, query.device)
-        result = _attend_sequence(query[first:last], pages, block_table[row : row + 1], codec, options, visible)
-        out[first:last], lse[first:last] = result.out.to(out.dtype), result.lse
+    asked = [row for row, (first, last) in enumerate(bounds) if lengths[row] > 0 and first < last]
+    # Queries with ranges of their own come as rows that share pages: these are decoded once.
+    for _, sharing in itertools.groupby(asked, tables.__getitem__):
+        rows = list(sharing)
+        stop = max(lengths[row] for row in rows)
+        decoded = _decode_rotated(query, pages, block_table[rows[0] : rows[0] + 1], codec, stop)
+        for row in rows:
+            first, last = bounds[row]
+            visible = _visible(last - first, lengths[row], starts[row], options.window, query.device)
+            result = _attend_sequence(query[first:last], decoded, codec, options, visible)
+            out[first:last], lse[first:last] = result.out.to(out.dtype), result.lse
     return Attended(out, lse)
 
 
+def _decode_rotated(query: Tensor, pages: Tensor, block_row: Tensor, codec: CacheCodec, stop: int) -> Gathered:
+    return gather(pages, block_row, codec, start=0, stop=stop, dtype=torch.float32, rotated=True, raw_dtype=query.dtype)
+
+
 def _attend_sequence(
-    query: Tensor, pages: Tensor, block_row: Tensor, codec: CacheCodec, options: ScoreOptions, visible: Tensor
+    query: Tensor, decoded: Gathered, codec: CacheCodec, options: ScoreOptions, visible: Tensor
 ) -> Attended:
     seq_len = visible.shape[1]
-    keys, values = gather(
-        pages, block_row, codec, start=0, stop=seq_len, dtype=torch.float32, rotated=True, raw_dtype=query.dtype
-    )
     rotated = rotate(query.to(torch.float32), codec.key.signs).transpose(0, 1).unsqueeze(0)
     output, lse = attend_dense(
         rotated,
-        keys,
-        values,
+        decoded.keys[:, :, :seq_len],
+        decoded.values[:, :, :seq_len],
         visible.unsqueeze(0),
         scaling=options.scaling,
         softcap=options.softcap,
