@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from report import table, write_json
-from retrieval import stock_cache
+from retrieval_caches import stock_cache
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

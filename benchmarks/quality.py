@@ -26,7 +26,7 @@ from calibration import calibrate
 from quality_codecs import Codecs
 from quality_rivals import rivals
 from quality_sweeps import SWEEPS
-from report import table, version, write_json
+from report import digest, table, version, write_json
 from scoring import FULL, NAME, Method, Sums, prepare, score, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,11 +135,6 @@ def chosen_preset(path: Path | None, config: Any) -> Preset | None:
     preset = load_preset(path)
     preset.check(config)
     return preset
-
-
-def digest(path: Path) -> str | None:
-    """SHA-256 of a file; None where there is none (weights in several files)."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def row_of(method: Method, sums: Sums, base: Sums, setup: Setup) -> dict[str, Any]:

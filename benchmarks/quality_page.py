@@ -19,8 +19,7 @@ from typing import Any
 from quality import COLUMNS
 from quality_sweeps import WINDOWS_WITHIN_2_PERCENT
 from report import table
-from retrieval import COLUMNS as NEEDLE_COLUMNS
-from retrieval import shares
+from retrieval import columns, shares
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "quality.md"
@@ -68,7 +67,7 @@ def agreement(results: Row, _: str) -> str:
 
 def needles(results: Row, _: str) -> str:
     """Right answers by cache and length."""
-    return table(NEEDLE_COLUMNS, shares(results["caches"]))
+    return table(columns(results["caches"]), shares(results["caches"]))
 
 
 def at_bits(points: list[tuple[float, float]], bits: float) -> float | None:

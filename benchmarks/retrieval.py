@@ -4,6 +4,13 @@ PROMPTS is a gzipped JSON list of rows with `length`, `prompt_ids` and `answer_i
 chunks, so that all but the first is read by attention over packed pages; the answer counts when greedy decoding yields
 exactly its ids, which is the case when every id is the most likely one after those before it. Intervals are Wilson's of
 the share of right answers, 95 %; `lost` and `won` count prompts that only full precision, or only the cache, answers.
+`bits` are all bytes of the filled cache, windows and scales included, over all coordinates.
+
+    python benchmarks/retrieval.py MODEL PROMPTS --bits 4 3,2 --variants defaults windows --windows 4,16 4,64
+    python benchmarks/retrieval.py MODEL PROMPTS --preset preset.json
+
+A width is that of keys and values, or KEYS,VALUES; `--preset` takes a file of `turboquant doctor`, which decides the
+bits of every layer, the windows and the centres, so that the recommended cache is what is measured.
 """
 
 from __future__ import annotations
@@ -16,55 +23,28 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from report import table, write_json
+from report import digest, table, write_json
+from retrieval_caches import BITS, VARIANTS, MakeCache, caches, width, window
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
-from turboquant_hf import QualityWarning, patch_model, unpatch_model
+from turboquant_core.preset import PresetError
+from turboquant_hf import QualityWarning, TurboQuantCache
 from turboquant_hf.compat import CACHE_ARGUMENT
+from turboquant_hf.memory import CacheMemory
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "examples" / "models" / "tiny"
-FULL = "full precision"
-VARIANTS = ("defaults", "packed alone", "windows", "shaped")
 Z95 = 1.959964
 COLUMNS = ("cache", "tokens", "right", "95 % interval", "lost", "won")
-
-MakeCache = Callable[[Any], Any]
-
-
-def stock_cache(model: Any) -> DynamicCache:
-    """Full precision: the reference of every share."""
-    unpatch_model(model)
-    return DynamicCache(config=model.config)
-
-
-def packed(bits: float, **options: Any) -> MakeCache:
-    """Makes packed caches; what verification would say is what this benchmark measures."""
-    return lambda model: patch_model(model, bits, verify=False, **options)
-
-
-def caches(bits: list[float], sinks: int, recent: int, variants: list[str]) -> dict[str, MakeCache]:
-    """Full precision, then each width in each of the ``variants``."""
-    options: dict[str, dict[str, Any]] = {
-        "defaults": {},
-        "packed alone": {"recent_tokens": 0, "center_keys": False},
-        "windows": {"sink_tokens": sinks, "recent_tokens": recent, "center_keys": True},
-        "shaped": {"shaped": True},
-    }
-    names = {"defaults": "", "windows": f", centred keys, windows {sinks} + {recent}"}
-    found: dict[str, MakeCache] = {FULL: stock_cache}
-    for width in bits:
-        for variant in variants:
-            found[f"{width:g} bit{names.get(variant, f', {variant}')}"] = packed(width, **options[variant])
-    return found
 
 
 def interval(right: int, prompts: int) -> tuple[float, float]:
@@ -74,8 +54,14 @@ def interval(right: int, prompts: int) -> tuple[float, float]:
     return (middle - half) / (1 + z2 / prompts), (middle + half) / (1 + z2 / prompts)
 
 
-def figures(right: list[bool], full: list[bool]) -> dict[str, Any]:
-    """Of one cache at one length, beside full precision on the same prompts."""
+def true_bits(cache: Any) -> float:
+    """All bytes of a filled cache over all coordinates of the keys and values that it holds."""
+    memory = cache.memory() if isinstance(cache, TurboQuantCache) else CacheMemory.of(cache.layers)
+    return 8 * torch.bfloat16.itemsize * memory.stored / memory.bf16
+
+
+def figures(right: list[bool], full: list[bool], bits: float | None = None) -> dict[str, Any]:
+    """Of one cache at one length, beside full precision on the same prompts; ``bits`` are true ones."""
     pairs = list(zip(right, full, strict=True))
     return {
         "prompts": len(right),
@@ -83,6 +69,7 @@ def figures(right: list[bool], full: list[bool]) -> dict[str, Any]:
         "interval": interval(sum(right), len(right)),
         "lost": sum(theirs and not mine for mine, theirs in pairs),
         "won": sum(mine and not theirs for mine, theirs in pairs),
+        "bits": bits,
     }
 
 
@@ -120,33 +107,68 @@ def batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, An
         yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
-def measure(model: Any, rows: list[dict[str, Any]], make: MakeCache, chunk: int, batch: int) -> dict[int, list[bool]]:
-    """Right or wrong for every row, by length."""
-    found: dict[int, list[bool]] = defaultdict(list)
+@dataclass
+class Found:
+    """Of one length: right or wrong for every row, and the true bits of the last cache."""
+
+    right: list[bool] = field(default_factory=list)
+    bits: float | None = None
+
+
+def measure(model: Any, rows: list[dict[str, Any]], make: MakeCache, chunk: int, batch: int) -> dict[int, Found]:
+    """What a cache answers, by length."""
+    found: dict[int, Found] = defaultdict(Found)
     for group in batches(rows, batch):
         prompts, expected = (
             torch.tensor([row[name] for row in group], device=model.device) for name in ("prompt_ids", "answer_ids")
         )
-        found[group[0]["length"]] += answers(model, make(model), prompts, expected, chunk)
+        cache, own = make(model), found[group[0]["length"]]
+        own.right += answers(model, cache, prompts, expected, chunk)
+        own.bits = true_bits(cache)
     return found
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or ``words`` in its place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("prompts", type=Path)
-    parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--bits", type=width, nargs="*", help="4, or 3,2 (default: 4 3 2; none with --preset)")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: all that the file has")
     parser.add_argument("--each", type=int, default=50, help="prompts of each length")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prompt that go in at once")
     parser.add_argument("--batch", type=int, default=1, help="prompts that share a cache, and with it a centre")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--recent", type=int, default=16)
+    parser.add_argument("--windows", type=window, nargs="+", default=[(4, 16)], help="SINKS,RECENT of that variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["defaults", "windows"])
+    parser.add_argument("--preset", type=Path, nargs="+", default=[], help="files of `turboquant doctor`")
+    parser.add_argument("--seed", type=int, default=42, help="of the rotation")
     parser.add_argument("--json", type=Path, help="default: results/quality_retrieval_MODEL.json")
-    return parser.parse_args()
+    arguments = parser.parse_args(words)
+    if arguments.bits is None:
+        arguments.bits = [] if arguments.preset else BITS
+    return arguments
+
+
+def chosen_prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that are asked."""
+    rows = json.loads(gzip.decompress(arguments.prompts.read_bytes()))
+    return chosen(rows, arguments.lengths, arguments.each)
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to ask the same again."""
+    return {
+        "model": arguments.model.resolve().name,
+        "model_sha256": digest(arguments.model / "model.safetensors"),
+        "prompts_sha256": digest(arguments.prompts),
+        "presets_sha256": {path.name: digest(path) for path in arguments.preset},
+        "seed": arguments.seed,
+        "dtype": "bfloat16",
+        "chunk": arguments.chunk,
+        "batch": arguments.batch,
+        "caches": {},
+    }
 
 
 def main() -> None:
@@ -154,33 +176,44 @@ def main() -> None:
     warnings.simplefilter("ignore", QualityWarning)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, local_files_only=True)
     model = model.eval().to(arguments.device)
-    rows = chosen(json.loads(gzip.decompress(arguments.prompts.read_bytes())), arguments.lengths, arguments.each)
-    results: dict[str, Any] = {
-        "model": arguments.model.resolve().name,
-        "chunk": arguments.chunk,
-        "batch": arguments.batch,
-        "caches": {},
-    }
+    rows, results = chosen_prompts(arguments), settings(arguments)
+    if not rows:
+        raise SystemExit(f"{arguments.prompts} has no prompts of --lengths {arguments.lengths}")
     target = arguments.json or HERE / "results" / f"quality_retrieval_{results['model']}.json"
-    full: dict[int, list[bool]] = {}
-    for name, make in caches(arguments.bits, arguments.sinks, arguments.recent, arguments.variants).items():
+    full: dict[int, Found] = {}
+    try:
+        makers = caches(arguments.bits, arguments.windows, arguments.variants, arguments.preset, arguments.seed)
+    except PresetError as error:
+        raise SystemExit(str(error)) from error
+    for name, make in makers.items():
         start = time.perf_counter()
         found = measure(model, rows, make, arguments.chunk, arguments.batch)
         full = full or found
-        results["caches"][name] = {str(n): figures(right, full[n]) for n, right in found.items()}
+        results["caches"][name] = {str(n): figures(own.right, full[n].right, own.bits) for n, own in found.items()}
         write_json(target, results, arguments.device)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    print(table(COLUMNS, shares(results["caches"])))
+    print(table(columns(results["caches"]), shares(results["caches"])))
+
+
+def has_bits(caches: dict[str, dict[str, dict[str, Any]]]) -> bool:
+    """Whether true bits were recorded: files written before they were have none."""
+    return all(found.get("bits") is not None for by_length in caches.values() for found in by_length.values())
+
+
+def columns(caches: dict[str, dict[str, dict[str, Any]]]) -> tuple[str, ...]:
+    """Header of :func:`shares`."""
+    return (*COLUMNS[:1], "bits", *COLUMNS[1:]) if has_bits(caches) else COLUMNS
 
 
 def shares(caches: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:
-    """Rows of :data:`COLUMNS`."""
-    rows = []
+    """Rows of :func:`columns`."""
+    rows, with_bits = [], has_bits(caches)
     for name, by_length in caches.items():
         for length, found in by_length.items():
             low, high = found["interval"]
             share = f"{found['right']} / {found['prompts']}"
-            rows.append([name, length, share, f"{low:.3f} to {high:.3f}", found["lost"], found["won"]])
+            bits = [found["bits"]] if with_bits else []
+            rows.append([name, *bits, length, share, f"{low:.3f} to {high:.3f}", found["lost"], found["won"]])
     return rows
 
 
