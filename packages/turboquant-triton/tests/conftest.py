@@ -15,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 
 @pytest.fixture(scope="session")
