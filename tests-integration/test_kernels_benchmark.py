@@ -107,3 +107,11 @@ def test_rows_of_several_commands_make_one_table() -> None:
         "| 32 | 1.5 | - |",
         "| 32 | 2.5 | searched |",
     ]
+
+
+def test_instructions_of_loops_are_counted() -> None:
+    from sass_encode import loop_lengths
+
+    forward, itself = (0x40, "BRA", "`(.L_x_1) 0x60"), (0x60, "BRA", "0x60")
+    loop = [(0x10, "FFMA", "R1, R2"), (0x20, "ISETP", "R1, 0x4"), (0x30, "BRA", "0x10")]
+    assert loop_lengths([(0x00, "MOV", "R1, 0x10"), *loop, forward, (0x50, "EXIT", ""), itself]) == [3]
