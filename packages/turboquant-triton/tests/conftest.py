@@ -30,10 +30,15 @@ def device() -> torch.device:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings that are not ours are no errors.
 
-    The interpreter computes with NumPy, which warns of infinities and NaN where a GPU goes on. torch 2.10 and 2.11 warn
-    when ``torch._dynamo`` is imported. Of the other packages of a GPU host nothing is known.
+    The interpreter computes with NumPy, which warns of infinities and NaN where a GPU goes on; Triton 3.6's makes a
+    scalar of an array of one number, which NumPy deprecates. torch 2.10 and 2.11 warn when ``torch._dynamo`` is
+    imported. Of the other packages of a GPU host nothing is known.
     """
-    filters = ["ignore::RuntimeWarning", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"]
+    filters = [
+        "ignore::RuntimeWarning",
+        "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning",
+        "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    ]
     if torch.cuda.is_available():
         filters = ["default"]
     for item in items:
