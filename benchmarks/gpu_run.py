@@ -1,7 +1,9 @@
-"""What needs a GPU, step after step on one host, within a time: correctness, kernels, sweeps, Transformers, vLLM.
+"""What needs a GPU, step after step on one host, within a time: correctness, kernels, quality, Transformers, vLLM.
 
     python benchmarks/gpu_run.py --minutes 9 --out results_here
     python benchmarks/gpu_run.py --minutes 9 --out results_here --steps quick kernels --fa3 fa3.so
+    python benchmarks/gpu_run.py --minutes 9 --out results_here --steps quality long-text needles \
+        --model MODEL --text TEXT --prompts PROMPTS
 
 Each step is a process of its own with a limit of its own; its output is in ``OUT/STEP.txt`` as it comes, its figures in
 ``OUT/STEP*.json``, the tracebacks of failed tests in ``OUT/STEP.failures`` as they happen. With two GPUs, steps whose
@@ -38,7 +40,8 @@ class Step:
 
     Attributes:
         arguments: of the interpreter; ``{out}`` is the folder of the results, ``{step}`` the name, ``{workers}`` how
-            many processes may run beside one another.
+            many processes may run beside one another, ``{model}``, ``{text}`` and ``{prompts}`` what quality is
+            measured on.
         seconds: its limit.
         timed: whether its figures are times, so that it has the first GPU alone.
     """
@@ -73,6 +76,20 @@ def decoding(seconds: float, mode: str, *arguments: str) -> Step:
     )
 
 
+def quality(seconds: float, *sweeps: str) -> Step:
+    """Sweeps of the KL divergence; its plot stays with the results."""
+    files = ("--json", "{out}/quality_{step}.json", "--plot", "{out}/quality_{step}.png")
+    command = ("benchmarks/quality.py", "{model}", "{text}", "--device", "cuda", *files)
+    return Step((*command, "--sweep", *sweeps), seconds, False)
+
+
+def needles(seconds: float, *variants: str) -> Step:
+    """A hundred needle prompts of each length through caches in ``variants``."""
+    command = ("benchmarks/retrieval.py", "{model}", "{prompts}", "--device", "cuda")
+    size = ("--each", "100", "--batch", "10", "--chunk", "512", "--json", "{out}/quality_{step}.json")
+    return Step((*command, *size, "--variants", *variants), seconds, False)
+
+
 STEPS = {
     "quick": tests(
         150,
@@ -93,6 +110,9 @@ STEPS = {
         560, PACKAGE, "-m", "not slow", *(f"--ignore={PACKAGE}/test_{name}.py" for name in ("conformance", "compile"))
     ),
     "conformance": tests(560, f"{PACKAGE}/test_conformance.py"),
+    "quality": quality(300, "methods"),
+    "long-text": quality(200, "windows", "defaults", "--context", "4096"),
+    "needles": needles(400, "defaults", "windows", "--windows", "4,16", "4,64"),
     "decode-graphs": decoding(560, "graphs", "--cases", "1x4096", "8x4096", "1x32768", "1x131072"),
     "decode-compiled": decoding(560, "compiled", "--cases", "1x4096", "1x131072"),
 }
@@ -108,22 +128,39 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What quality is measured on: a Hugging Face folder, a text, and needle prompts of that model's tokenizer."""
+
+    model: Path = ROOT / "examples" / "models" / "tiny"
+    text: Path = ROOT / "examples" / "data" / "constitution.txt"
+    prompts: Path | None = None
+
+    def lacks(self, name: str) -> str | None:
+        """Why a step cannot run; None where it can."""
+        needed = {word: own for word, own in vars(self).items() if f"{{{word}}}" in STEPS[name].arguments}
+        missing = [word for word, own in needed.items() if own is None or not own.exists()]
+        return f"step {name} needs --{missing[0]}, and {needed[missing[0]]} is not there" if missing else None
+
+
+@dataclass(frozen=True)
 class Run:
     """What holds for all steps: folder of the results, processes beside one another, FlashAttention-3, the end.
 
-    ``end`` is a time of :func:`time.monotonic`.
+    ``end`` is a time of :func:`time.monotonic`; ``subject`` is what quality is measured on.
     """
 
     out: Path
     workers: int
     fa3: Path | None
     end: float
+    subject: Subject = Subject()
 
     def command(self, name: str) -> list[str]:
         """Command line of a step."""
-        words = [argument.format(out=self.out, step=name, workers=self.workers) for argument in STEPS[name].arguments]
-        given = ["--fa3", str(self.fa3)] if name == "kernels" and self.fa3 is not None else []
-        return [sys.executable, *words, *given]
+        given = {"out": self.out, "step": name, "workers": self.workers, **vars(self.subject)}
+        words = [argument.format(**given) for argument in STEPS[name].arguments]
+        library = ["--fa3", str(self.fa3)] if name == "kernels" and self.fa3 is not None else []
+        return [sys.executable, *words, *library]
 
     def environment(self, name: str, gpu: int) -> dict[str, str]:
         """Variables of a step's process."""
@@ -198,15 +235,32 @@ def summary(outcomes: list[Outcome], out: Path) -> str:
     return "\n".join([*parts, "", table(["step", "ended", "seconds"], rows)])
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or ``words`` in its place; ``subject`` and ``steps`` are complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of outputs and JSON files")
     parser.add_argument("--minutes", type=float, default=60.0, help="all steps together")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--steps", nargs="+", choices=STEPS, help="default: all; needles where there are --prompts")
     parser.add_argument("--gpus", type=int, help="default: as many as the driver lists")
     parser.add_argument("--workers", type=int, default=6, help="test and compile processes beside one another")
     parser.add_argument("--fa3", type=Path, help="vLLM's _vllm_fa3_C shared library; an installed vLLM otherwise")
-    arguments = parser.parse_args()
+    parser.add_argument("--model", type=Path, default=Subject.model, help="folder of the model for quality")
+    parser.add_argument("--text", type=Path, default=Subject.text, help="text for quality")
+    parser.add_argument("--prompts", type=Path, help="needle prompts for that model (retrieval.py says what they are)")
+    arguments = parser.parse_args(words)
+    # Steps run in the root of the repository.
+    given = (arguments.model, arguments.text, arguments.prompts)
+    arguments.subject = Subject(*(path and path.resolve() for path in given))
+    if arguments.steps is None:
+        arguments.steps = [name for name in STEPS if name != "needles" or arguments.prompts]
+    for name in arguments.steps:
+        if (lacking := arguments.subject.lacks(name)) is not None:
+            parser.error(lacking)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
     arguments.out.mkdir(parents=True, exist_ok=True)
     gpus = arguments.gpus
     if gpus is None:
@@ -215,7 +269,8 @@ def main() -> None:
         gpus = torch.cuda.device_count()
     if gpus < 1:
         raise SystemExit("no CUDA device: these steps are for a GPU; `nox` checks what a CPU can")
-    run = Run(arguments.out.resolve(), arguments.workers, arguments.fa3, time.monotonic() + 60 * arguments.minutes)
+    end = time.monotonic() + 60 * arguments.minutes
+    run = Run(arguments.out.resolve(), arguments.workers, arguments.fa3, end, arguments.subject)
     outcomes = run_all(arguments.steps, run, gpus)
     print(summary(outcomes, arguments.out))
     sys.exit(int(any(outcome.code != 0 for outcome in outcomes)))

@@ -101,6 +101,48 @@ def test_commands_have_what_the_run_gives(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_quality_is_measured_on_what_the_command_line_names(tmp_path: Path) -> None:
+    import gpu_run
+
+    prompts = tmp_path / "needle.json.gz"
+    prompts.touch()
+    words = ["--out", "here", "--model", str(tmp_path), "--text", __file__, "--prompts", str(prompts)]
+    given = gpu_run.parse([*words, "--steps", "quality", "long-text", "needles"])
+    run = gpu_run.Run(tmp_path, 3, None, 0.0, given.subject)
+    assert run.command("quality")[1:4] == ["benchmarks/quality.py", str(tmp_path), __file__]
+    assert run.command("long-text")[-2:] == ["--context", "4096"]
+    assert run.command("needles")[1:4] == ["benchmarks/retrieval.py", str(tmp_path), str(prompts)]
+    for name in given.steps:
+        command = run.command(name)
+        assert command[command.index("--json") + 1] == str(tmp_path / f"quality_{name}.json")
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_steps_of_quality_are_commands_of_its_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_run
+    import quality
+    import retrieval
+
+    run = gpu_run.Run(tmp_path, 3, None, 0.0, gpu_run.Subject(prompts=tmp_path / "p"))
+    assert retrieval.parse(run.command("needles")[2:]).windows == [(4, 16), (4, 64)]
+    for name, sweeps, context in (("quality", ["methods"], 1024), ("long-text", ["windows", "defaults"], 4096)):
+        monkeypatch.setattr(sys, "argv", run.command(name)[1:])
+        arguments = quality.parse()
+        assert (arguments.sweep, arguments.context, arguments.device) == (sweeps, context, "cuda")
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_needles_need_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu_run
+
+    assert set(gpu_run.STEPS) - set(gpu_run.parse(["--out", "here"]).steps) == {"needles"}
+    for given in ([], ["--prompts", str(tmp_path / "none.gz")]):
+        with pytest.raises(SystemExit):
+            gpu_run.parse(["--out", "here", "--steps", "needles", *given])
+        assert "step needles needs --prompts" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_a_cut_run_keeps_its_failures(tmp_path: Path) -> None:
     """The plug-in writes them as they happen, once, also where workers report them."""
     (tmp_path / "test_it.py").write_text("def test_bad():\n    assert 1 == 2\n\ndef test_good():\n    pass\n")
