@@ -1,7 +1,7 @@
 """Fill the tables of `docs/quality.md` from the JSON files in `results/`.
 
 A table of the page stands between `<!-- FILE TABLE -->` and `<!-- end -->`; TABLE is a sweep of FILE, or one of
-`agreement`, `needles` and `targets`; `choices` is the end of what the doctor printed. `--check` writes nothing and
+`agreement`, `needles`, `depths` and `targets`; `choices` is the end of what the doctor printed. `--check` writes nothing and
 fails where the page and the files differ.
 """
 
@@ -68,6 +68,17 @@ def agreement(results: Row, _: str) -> str:
 def needles(results: Row, _: str) -> str:
     """Right answers by cache and length."""
     return table(columns(results["caches"]), shares(results["caches"]))
+
+
+def depths(results: Row, _: str) -> str:
+    """Right answers by cache and depth of the needle."""
+    rows = [
+        [name, length, *found["right_by_depth"].values()]
+        for name, lengths in results["caches"].items()
+        for length, found in lengths.items()
+    ]
+    first = next(iter(next(iter(results["caches"].values())).values()))
+    return table(["cache", "tokens", *(f"depth {depth}" for depth in first["right_by_depth"])], rows)
 
 
 def at_bits(points: list[tuple[float, float]], bits: float) -> float | None:
@@ -155,7 +166,12 @@ def choices(name: str) -> str:
     return f"```\n{text[text.index('nats per token at') :].rstrip()}\n```"
 
 
-TABLES: dict[str, Callable[[Row, str], str]] = {"agreement": agreement, "needles": needles, "targets": targets}
+TABLES: dict[str, Callable[[Row, str], str]] = {
+    "agreement": agreement,
+    "needles": needles,
+    "depths": depths,
+    "targets": targets,
+}
 
 
 def filled(page: str) -> str:

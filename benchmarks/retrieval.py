@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,13 @@ def true_bits(cache: Any) -> float:
     return 8 * torch.bfloat16.itemsize * memory.stored / memory.bf16
 
 
-def figures(right: list[bool], full: list[bool], bits: float | None = None) -> dict[str, Any]:
-    """Of one cache at one length, beside full precision on the same prompts; ``bits`` are true ones."""
+def figures(
+    right: list[bool], full: list[bool], bits: float | None = None, depths: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Of one cache at one length, beside full precision on the same prompts; ``bits`` are true ones.
+
+    ``depths`` say of each prompt how far into the text its needle stands, 0 to 1.
+    """
     pairs = list(zip(right, full, strict=True))
     return {
         "prompts": len(right),
@@ -70,6 +75,10 @@ def figures(right: list[bool], full: list[bool], bits: float | None = None) -> d
         "lost": sum(theirs and not mine for mine, theirs in pairs),
         "won": sum(mine and not theirs for mine, theirs in pairs),
         "bits": bits,
+        "right_by_depth": {
+            f"{depth:g}": sum(mine for mine, own in zip(right, depths, strict=True) if own == depth)
+            for depth in sorted(set(depths))
+        },
     }
 
 
@@ -109,9 +118,10 @@ def batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, An
 
 @dataclass
 class Found:
-    """Of one length: right or wrong for every row, and the true bits of the last cache."""
+    """Of one length: right or wrong and the needle's depth for every row, and the true bits of the last cache."""
 
     right: list[bool] = field(default_factory=list)
+    depths: list[float] = field(default_factory=list)
     bits: float | None = None
 
 
@@ -124,6 +134,7 @@ def measure(model: Any, rows: list[dict[str, Any]], make: MakeCache, chunk: int,
         )
         cache, own = make(model), found[group[0]["length"]]
         own.right += answers(model, cache, prompts, expected, chunk)
+        own.depths += [row["depth"] for row in group]
         own.bits = true_bits(cache)
     return found
 
@@ -189,7 +200,9 @@ def main() -> None:
         start = time.perf_counter()
         found = measure(model, rows, make, arguments.chunk, arguments.batch)
         full = full or found
-        results["caches"][name] = {str(n): figures(own.right, full[n].right, own.bits) for n, own in found.items()}
+        results["caches"][name] = {
+            str(n): figures(own.right, full[n].right, own.bits, own.depths) for n, own in found.items()
+        }
         write_json(target, results, arguments.device)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     print(table(columns(results["caches"]), shares(results["caches"])))

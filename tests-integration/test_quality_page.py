@@ -77,6 +77,14 @@ def test_needles_are_compared_prompt_by_prompt() -> None:
     assert (found["prompts"], found["right"], found["lost"], found["won"]) == (5, 3, 1, 1)
 
 
+def test_needles_are_counted_by_depth() -> None:
+    found = figures([True, False, True, True], [True] * 4, 3.5, [1.0, 0.25, 0.25, 1.0])
+    assert found["right_by_depth"] == {"0.25": 1, "1": 2}
+    results = {"caches": {"mine": {"64": found}}}
+    assert quality_page.depths(results, "").splitlines()[0] == "| cache | tokens | depth 0.25 | depth 1 |"
+    assert quality_page.depths(results, "").splitlines()[2] == "| mine | 64 | 1 | 2 |"
+
+
 def test_settings_of_the_page_name_the_rivals() -> None:
     settings = read("quality_lab.json")["settings"]
     assert settings["absent"] == []

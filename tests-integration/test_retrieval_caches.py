@@ -114,6 +114,7 @@ def test_a_run_records_what_it_asked(
     assert (results["seed"], results["dtype"]) == (7, "bfloat16")
     full, packed = (found[str(TOKENS)] for found in results["caches"].values())
     assert full["bits"] == 16
+    assert list(full["right_by_depth"]) == ["0", "1"]
     assert packed["bits"] == pytest.approx(expected_bits(TOKENS + 1))
     table = capsys.readouterr().out
     assert "| cache | bits | tokens |" in table
