@@ -1,8 +1,8 @@
 """Fill the tables of `docs/quality.md` from the JSON files in `results/`.
 
 A table of the page stands between `<!-- FILE TABLE -->` and `<!-- end -->`; TABLE is a sweep of FILE, or one of
-`agreement`, `needles`, `depths` and `targets`; `choices` is the end of what the doctor printed. `--check` writes nothing and
-fails where the page and the files differ.
+`agreement`, `needles`, `depths` and `targets`; `choices` is the end of what the doctor printed. `--check` writes
+nothing and fails where the page and the files differ.
 """
 
 from __future__ import annotations
