@@ -151,6 +151,15 @@ def test_the_report_shows_every_head_and_choice(healthy: Diagnosis) -> None:
     assert "recommended: keys" in text
 
 
+def test_a_recommendation_says_what_it_does_not_rest_on(healthy: Diagnosis) -> None:
+    *_, command = report(healthy).rstrip().split("\n")
+    assert "not measured: retrieval" in report(healthy)
+    assert command == "python benchmarks/retrieval.py MODEL_FOLDER PROMPTS --preset FILE"
+    script = Path(__file__).parents[3] / command.split()[1]
+    assert script.exists()
+    assert '"--preset"' in script.read_text(encoding="utf-8")
+
+
 def test_planted_key_biases_are_centred(ids: torch.Tensor, healthy: Diagnosis) -> None:
     model = load(attention_bias=True)
     for layer in model.model.layers:
@@ -192,6 +201,7 @@ def test_a_model_that_nothing_is_safe_for_is_refused(ids: torch.Tensor) -> None:
     assert "the limit is 1e-06" in found.refusal
     assert re.search(r"layer \d alone costs most, 0\.\d+ at 3 bits", found.refusal)
     assert "refused: no choice is safe for this model; at 4 bits it diverges by" in report(found)
+    assert "not measured" not in report(found)
 
 
 def test_a_model_without_finite_probabilities(ids: torch.Tensor) -> None:

@@ -8,9 +8,15 @@ from ..preset import Preset
 from .diagnosis import PROBE_BITS, Diagnosis, LayerReport
 from .statistics import HeadStatistics
 
+NOT_MEASURED = (
+    "not measured: retrieval. Divergence on a short text does not say whether a model still finds what stands far\n"
+    "back; before long contexts, ask the preset needle prompts, with turboquant's repository:\n"
+    "python benchmarks/retrieval.py MODEL_FOLDER PROMPTS --preset FILE"
+)
+
 
 def report(diagnosis: Diagnosis) -> str:
-    """Tables of layers and of choices, and the recommendation or the refusal."""
+    """Tables of layers and of choices, and the refusal, or the recommendation and what it does not rest on."""
     parts = [
         f"{diagnosis.model.model_type}, {diagnosis.model.layers} layers, {diagnosis.tokens} tokens of text",
         _layers(diagnosis),
@@ -80,7 +86,7 @@ def _verdicts(diagnosis: Diagnosis) -> str:
 def _conclusion(diagnosis: Diagnosis) -> str:
     if diagnosis.preset is None:
         return f"refused: no choice is safe for this model; {diagnosis.refusal}"
-    return "recommended: " + _recommendation(diagnosis.preset)
+    return f"recommended: {_recommendation(diagnosis.preset)}\n\n{NOT_MEASURED}"
 
 
 def _recommendation(preset: Preset) -> str:
