@@ -63,6 +63,12 @@ def _output_moment(module: torch.nn.Module, kv_heads: int, head_dim: int) -> Ten
     return output_moment(projection.weight, kv_heads, head_dim)
 
 
+def random_rows(vocabulary: int, context: int, count: int, seed: int) -> list[Tensor]:
+    """Rows of token ids ``[context]`` that say nothing: what a model makes of them comes from its weights alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(0, vocabulary, (count, context), generator=generator))
+
+
 def calibrate(model: Any, rows: list[Tensor]) -> Calibration:
     """Read ``rows`` of token ids in full precision; ``model`` is prepared (:func:`scoring.prepare`)."""
     sums = _Sums()

@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from calibration import calibrate
+from calibration import calibrate, random_rows
 from quality_codecs import Codecs
 from quality_rivals import rivals
 from quality_sweeps import SWEEPS
@@ -110,6 +110,7 @@ def set_up(arguments: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
         calibration,
         divergence,
         chosen_preset(arguments.preset, config),
+        calibrate(model, random_rows(config.vocab_size, arguments.context, len(rest), arguments.seed)).key_mean,
     )
     scored = tokenizer.decode(torch.cat(rows))
     settings = {

@@ -138,6 +138,7 @@ class Codecs:
         calibration: of the model.
         divergence: KL divergence of methods on a text that is not scored.
         preset: of ``turboquant doctor``, to be scored.
+        weights_mean: mean keys of random tokens, per layer: from the weights alone, without a text.
     """
 
     layers: int
@@ -146,6 +147,7 @@ class Codecs:
     calibration: Calibration
     divergence: Callable[[list[Method]], list[float]] | None = None
     preset: Preset | None = None
+    weights_mean: list[Tensor] | None = None
 
     def key(
         self,

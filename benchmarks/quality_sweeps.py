@@ -112,16 +112,22 @@ def signs(codecs: Codecs, bits: int = 3) -> list[Method]:
 def centring(codecs: Codecs) -> list[Method]:
     """Where a fixed vector taken from every key comes from, on the model as it is and with a key bias."""
     calibration, offset, found = codecs.calibration.key_mean, codecs.slow_offset(OFFSET), []
-    moved = [mean + vector for mean, vector in zip(calibration, offset, strict=True)]
+    weights = codecs.weights_mean
+    if weights is None:
+        raise ValueError("weights_mean is None; centring compares with it: give the mean keys of random tokens")
     for bits in (4, 3):
         plain, values = codecs.key(bits), codecs.value(bits)
-        for label, wrap, mean in (
-            ("as it is", lambda codec: codec, calibration),
-            ("key bias", lambda codec: Offset(codec, offset), moved),
+        for label, wrap, add in (
+            ("as it is", lambda codec: codec, [0.0] * codecs.layers),
+            ("key bias", lambda codec: Offset(codec, offset), offset),
         ):
+            of_text, of_weights = (
+                [mean + vector for mean, vector in zip(means, add, strict=True)] for means in (calibration, weights)
+            )
             for name, key in (
                 ("none", plain),
-                ("calibration text", codecs.key(bits, center=mean)),
+                ("calibration text", codecs.key(bits, center=of_text)),
+                ("weights", codecs.key(bits, center=of_weights)),
                 (f"first {PROMPT} tokens", MeanOfFirst(plain, PROMPT)),
                 ("whole sequence", MeanOfFirst(plain, None)),
                 (f"automatic, first {LEAST_TOKENS} tokens", Automatic(plain, LEAST_TOKENS)),

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / folder) for folder in ("benchmarks", "examples")]
 
-from calibration import calibrate  # noqa: E402
+from calibration import calibrate, random_rows  # noqa: E402
 from comparison import Sample  # noqa: E402
 from comparison import score as score_through_cache  # noqa: E402
 from quality_codecs import Codecs  # noqa: E402
+from quality_sweeps import centring  # noqa: E402
 from scoring import NAME, prepare, score, windows  # noqa: E402
 
 from turboquant_hf import QualityWarning, patch_model, unpatch_model  # noqa: E402
@@ -89,6 +90,18 @@ def test_one_pass_is_what_the_packed_cache_computes(model: Any, rows: list[Tenso
     packed = through_cache(model, rows[0].unsqueeze(0), bits, **PACKED_ALONE)
     sums = score(model, rows[:1], [method], given={"packed": packed})
     assert sums["one pass"].kl == pytest.approx(sums["packed"].kl, rel=0.02)
+
+
+def test_a_mean_from_the_weights_alone_centres_keys(model: Any, rows: list[Tensor], codecs: Codecs) -> None:
+    with pytest.raises(ValueError, match="weights_mean is None"):
+        centring(codecs)
+    random = random_rows(model.config.vocab_size, len(rows[0]), 2, seed=0)
+    assert [row.shape for row in random] == [rows[0].shape] * 2
+    assert not torch.equal(*random)
+    aware = replace(codecs, weights_mean=calibrate(model, random).key_mean)
+    kept = [m for m in centring(aware) if m.name in {f"3 bit, as it is: {name}" for name in ("none", "weights")}]
+    sums = score(model, rows[:1], kept)
+    assert sums["3 bit, as it is: weights"].kl < 0.7 * sums["3 bit, as it is: none"].kl
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
