@@ -66,6 +66,14 @@ def test_verdicts() -> None:
     assert verdict(0.94, 0.95, least=True) == "0.94 (missed)"
 
 
+def test_windows_that_cost_too_much_are_named() -> None:
+    assert quality_page.too_wide({"bits": 2.166, "KL": 0.1}, 2.125) is None
+    said = quality_page.too_wide({"bits": 2.1786, "KL": 0.1}, 2.125)
+    assert said == "0.1 (does not count: 2.5 % more bytes, 2 % allowed)"
+    (row,) = (line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| KL with windows, 2"))
+    assert row.count("more bytes") == 1
+
+
 def test_the_interval_is_wilsons() -> None:
     # Newcombe (1998), table I: 81 of 263 and 0 of 20.
     assert interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
