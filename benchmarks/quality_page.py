@@ -23,7 +23,8 @@ from retrieval import columns, shares
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "quality.md"
-BLOCK = re.compile(r"(?P<head><!-- (?P<file>\S+) (?P<kind>\S+) -->\n\n).*?(?P<end>\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(?P<head><!-- (?P<file>\S+) (?P<kind>\S+) -->\n\n)(?:(?!<!-- ).)*?\n?\n?<!-- end -->", re.DOTALL)
+"""A table, empty ones too; never a part of the page with another's marks in it."""
 NEEDLES = "quality_retrieval_lab.json"
 CONTEXT = "4096"
 SHORT = ("method", "bits", "KL", "standard error", "loss %")
@@ -191,7 +192,7 @@ def filled(page: str) -> str:
     def made(block: re.Match[str]) -> str:
         name, kind = block["file"], block["kind"]
         body = choices(name) if kind == "choices" else TABLES.get(kind, sweep)(read(name), kind)
-        return block["head"] + body + "\n" + block["end"]
+        return block["head"] + body + "\n\n<!-- end -->"
 
     return BLOCK.sub(made, page)
 

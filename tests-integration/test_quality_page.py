@@ -22,6 +22,18 @@ def test_the_page_shows_what_was_measured() -> None:
     assert filled(page) == page, "run python benchmarks/quality_page.py"
 
 
+def test_an_empty_table_is_filled_and_swallows_nothing() -> None:
+    mark = "<!-- quality_lab.json agreement -->\n\n"
+    page = f"{mark}<!-- end -->\n\nkept\n\n{mark}| old |\n\n<!-- end -->\n"
+    (first, second) = BLOCK.findall(page)
+    assert first == second
+    found = filled(page)
+    assert "\n\n<!-- end -->\n\nkept\n\n" in found
+    assert found.count("| bits |") == 2
+    assert "| old |" not in found
+    assert filled(found) == found
+
+
 def test_no_table_of_figures_is_typed_in() -> None:
     rest = BLOCK.sub("", PAGE.read_text(encoding="utf-8"))
     assert "| method |" not in rest
