@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turboquant_core import TurboQuantError, Windows
+from turboquant_core.doctor import calibration_ids, examine
+from turboquant_core.doctor.diagnosis import MAX_DIVERGENCE, Diagnosis
 from turboquant_core.doctor.simulation import Treatment, divergence, run
 from turboquant_core.preset import Fingerprint, Preset, PresetError, save_preset
 from turboquant_hf import TurboQuantCache, patch_model, presets, turboquant, unpatch_model
@@ -70,12 +72,39 @@ def test_the_context_manager_takes_a_preset_once(llama: Any, monkeypatch: pytest
         assert_follows(cache, preset)
 
 
-def test_auto_measures_the_model() -> None:
+def test_auto_measures_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache follows what the doctor found on its text, and that is what this model's keys and logits say."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    seen: list[tuple[torch.Tensor, Diagnosis]] = []
+
+    def watched(examined: Any, ids: torch.Tensor) -> Diagnosis:
+        assert examined is model
+        seen.append((ids, examine(examined, ids)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(presets, "examine", watched)
     cache = patch_model(model, "auto")
-    # Keys and values of a layer get what they cost, so that either may have more bits.
-    assert all(2 <= bits <= 4 for index in range(4) for bits in cache.options.layer_bits(index))
+    ((ids, diagnosis),) = seen
+    preset = diagnosis.preset
+    assert preset is not None
+    assert_follows(cache, preset)
     assert cache.verification is not None
+    unpatch_model(model)
+    assert torch.equal(ids, calibration_ids(AutoTokenizer.from_pretrained(TINY)))
+    assert_measured(model, ids, preset)
+
+
+def assert_measured(model: Any, ids: torch.Tensor, preset: Preset) -> None:
+    """Centres are the mean keys of ``ids``, and the preset diverges by what it says, within the doctor's limit."""
+    exact, past = run(model, ids, None)
+    assert sorted(preset.centers) == list(range(preset.model.layers))
+    for index, center in preset.centers.items():
+        torch.testing.assert_close(center, past.layers[index].keys[0].mean(1), rtol=1e-4, atol=1e-4)
+    bits = {index: preset.layer_bits(index) for index in range(preset.model.layers)}
+    got, _ = run(model, ids, Treatment(bits, centers=preset.centers, windows=preset.windows))
+    assert divergence(exact, got) == pytest.approx(preset.measured["divergence"], rel=1e-3)
+    assert preset.measured["divergence"] <= MAX_DIVERGENCE
+    assert preset.measured["tokens"] == ids.shape[1]
 
 
 def test_auto_passes_on_a_refusal(monkeypatch: pytest.MonkeyPatch, llama: Any) -> None:
