@@ -218,6 +218,26 @@ def allocation(codecs: Codecs) -> list[Method]:
     return found
 
 
+def energies(codecs: Codecs) -> list[Method]:
+    """Bits by the energy of queries times that of keys, and of output weights times that of values, per layer.
+
+    An error of a key in every direction alike moves scores by the first, one of a value moves outputs by the second;
+    both sides together count alike. No divergence is measured.
+    """
+    seen = codecs.calibration
+    costs: dict[tuple[int, int], float] = {}
+    pairs = ((seen.query_moment, seen.key_energy), (seen.output_moment, seen.value_energy))
+    for side, (moments, sizes) in enumerate(pairs):
+        traces = [moment.diagonal(dim1=-2, dim2=-1).sum(-1) for moment in moments]
+        own = [float(trace @ size.sum(-1)) for trace, size in zip(traces, sizes, strict=True)]
+        costs |= {(layer, side): cost / sum(own) for layer, cost in enumerate(own)}
+    found = []
+    for average in (2.5, 3, 3.5):
+        found.append(codecs.default(f"{average:g} bit everywhere", average))
+        found.append(codecs.by_layer(f"{average:g} bit by energies", allocate(costs, average)))
+    return found
+
+
 def preset(codecs: Codecs) -> list[Method]:
     """What the doctor recommends, and its bits and windows in all layers alike without centred keys."""
     if codecs.preset is None:
@@ -243,5 +263,6 @@ SWEEPS: dict[str, Callable[[Codecs], list[Method]]] = {
     "fractional": fractional,
     "defaults": defaults,
     "allocation": allocation,
+    "energies": energies,
     "preset": preset,
 }
