@@ -9,7 +9,7 @@ import pytest
 
 from turboquant_core.preset import Fingerprint, Preset, save_preset
 from turboquant_vllm.errors import OptionError, UnsupportedError
-from turboquant_vllm.limits import check_engine, check_equal_pages, check_page
+from turboquant_vllm.limits import check_connector, check_engine, check_equal_pages, check_page
 from turboquant_vllm.options import read_options
 from turboquant_vllm.setup import engine_options, is_draft
 
@@ -109,5 +109,34 @@ def test_ways_to_run_a_step_are_refused_by_name(parallel: dict[str, Any], cache:
     config.parallel_config, config.cache_config = SimpleNamespace(), SimpleNamespace()
     check_engine(config)
     config.parallel_config, config.cache_config = SimpleNamespace(**parallel), SimpleNamespace(**cache)
+    with pytest.raises(UnsupportedError, match=message):
+        check_engine(config)
+
+
+def connector(name: str | None, module: str | None = None, **extra: Any) -> Any:
+    return SimpleNamespace(kv_connector=name, kv_connector_module_path=module, kv_connector_extra_config=extra)
+
+
+def test_connectors_that_move_whole_blocks() -> None:
+    check_connector(None)
+    check_connector(connector(None))
+    check_connector(connector("ExampleConnector", shared_storage_path="/nowhere"))
+    check_connector(connector("OffloadingConnector", cpu_bytes_to_use=1))
+    check_connector(connector("OffloadingConnector", spec_name="CPUOffloadingSpec"))
+
+
+@pytest.mark.parametrize(
+    ("transfer", "message"),
+    [
+        (connector("NixlConnector"), "KV connector 'NixlConnector' may take packed pages of other options"),
+        (connector("MultiConnector"), "KV connector 'MultiConnector'"),
+        (connector("OffloadingConnector", "my.module"), "or drop --kv-transfer-config"),
+        (connector("OffloadingConnector", spec_name="TieringOffloadingSpec"), "drop spec_name from kv_connector_extra"),
+    ],
+)
+def test_connectors_to_elsewhere_are_refused(transfer: Any, message: str) -> None:
+    config = engine({})
+    config.parallel_config, config.cache_config = SimpleNamespace(), SimpleNamespace()
+    config.kv_transfer_config = transfer
     with pytest.raises(UnsupportedError, match=message):
         check_engine(config)

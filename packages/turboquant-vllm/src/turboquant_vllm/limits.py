@@ -9,6 +9,9 @@ from .options import Options
 from .packing import layer_count
 
 _ATTENTION = ("full_attention", "sliding_attention")
+CONNECTORS = ("OffloadingConnector", "ExampleConnector")
+"""KV connectors that move whole blocks within an engine, or between engines that were given the same options."""
+OFFLOADING_SPEC = "CPUOffloadingSpec"
 ELSEWHERE = "serve this model with another --attention-backend"
 
 
@@ -44,7 +47,7 @@ def check_engine(vllm_config: Any) -> None:
     """Raise ``UnsupportedError`` for hybrids below 0.28, and for steps that attention here knows nothing of.
 
     These are sequences split over ranks, steps run as two that overlap, and prompts of which layers that share pages
-    see the last token only.
+    see the last token only. Connectors that would read pages elsewhere are refused too.
     """
     from .compat import backend_sizes_pages
 
@@ -61,6 +64,29 @@ def check_engine(vllm_config: Any) -> None:
         raise UnsupportedError("steps split in two that overlap (--enable-dbo) do not work over packed pages: drop it")
     if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
         raise UnsupportedError("--kv-sharing-fast-prefill does not work over packed pages: drop it")
+    check_connector(getattr(vllm_config, "kv_transfer_config", None))
+
+
+def check_connector(transfer: Any) -> None:
+    """Raise ``UnsupportedError`` for a KV connector that is not one of :data:`CONNECTORS`.
+
+    What a block's bytes mean depends on bits, seed and scale rules. No other connector has been shown to compare them:
+    one that does not would read the bytes of other options as its own.
+    """
+    name = getattr(transfer, "kv_connector", None)
+    if name is None:
+        return
+    if name not in CONNECTORS or getattr(transfer, "kv_connector_module_path", None):
+        raise UnsupportedError(
+            f"KV connector {name!r} may take packed pages of other options for its own; {' and '.join(CONNECTORS)} "
+            "work: use --kv-offloading-size with the native backend to offload blocks, or drop --kv-transfer-config"
+        )
+    spec = transfer.kv_connector_extra_config.get("spec_name", OFFLOADING_SPEC)
+    if spec != OFFLOADING_SPEC:
+        raise UnsupportedError(
+            f"offloading by {spec!r} may keep packed pages for engines of other options; {OFFLOADING_SPEC} works: drop "
+            "spec_name from kv_connector_extra_config"
+        )
 
 
 def check_equal_pages(options: Options, vllm_config: Any) -> None:

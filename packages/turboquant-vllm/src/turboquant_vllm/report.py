@@ -13,7 +13,8 @@ logger = logging.getLogger("vllm.turboquant")
 
 REFUSED = (
     "MLA, ALiBi, encoder and cross attention, chunked local attention, fp8 and other quantized cache types, "
-    "decode and prefill context parallelism, overlapping halves of a step, fast prefill of shared pages"
+    "decode and prefill context parallelism, overlapping halves of a step, fast prefill of shared pages, "
+    "KV connectors but offloading to the host"
 )
 
 

@@ -38,6 +38,7 @@ ENVIRONMENT = {
 class Run:
     """What an engine did; ``passes`` holds tokens, logprobs and cached tokens of every prompt.
 
+    ``loaded`` counts the tokens that a KV connector brought.
     ``beside`` holds the same of an engine that ran at the same time, if one did.
     """
 
@@ -46,6 +47,7 @@ class Run:
     passes: list[list[dict[str, Any]]]
     preemptions: float | None
     accepted: float | None
+    loaded: float | None
     beside: list[list[dict[str, Any]]]
 
     def tokens(self, number: int = 0) -> list[list[int]]:

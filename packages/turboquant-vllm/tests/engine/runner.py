@@ -9,6 +9,8 @@ import sys
 import traceback
 from typing import Any
 
+from offload import offload_on_cpu
+
 RESULT = "RESULT "
 
 
@@ -69,6 +71,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "passes": passes,
             "preemptions": counters.get("vllm:num_preemptions"),
             "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
+            "loaded": counters.get("vllm:external_prefix_cache_hits"),
             "beside": [outputs_of(beside, prompts, job["max_tokens"]) for prompts in job["passes"] if beside],
         }
     except Exception:  # noqa: BLE001 - the test decides whether this failure was wanted
@@ -83,5 +86,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     random_weights()
+    offload_on_cpu()
     for line in sys.stdin:
         print(RESULT + json.dumps(run(json.loads(line))), flush=True)

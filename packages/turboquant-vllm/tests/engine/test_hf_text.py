@@ -13,7 +13,8 @@ import pytest
 
 from .conftest import ENVIRONMENT, ROOT, TEXT, TINY, Engines
 
-LAB = ROOT.parent / "shared/models/lab"
+LAB = Path(os.environ.get("LAB_MODEL", ROOT / "LAB_MODEL-is-not-set"))
+"""A larger trained model, which is not part of the repository: its folder is given by the environment."""
 HF = Path(__file__).parent / "hf_text.py"
 TOKENS = 24
 PROMPTS = [TEXT[:600], TEXT[1000:1400], "The Congress shall have", TEXT[3000:3040]]
@@ -38,14 +39,14 @@ def transformers_text(model: Path, **cache: Any) -> dict[str, list[list[int]]]:
     [
         (TINY, (4, 4)),
         pytest.param(TINY, (3, 4), marks=pytest.mark.slow),
-        pytest.param(LAB, (4, 4), marks=pytest.mark.slow),
-        pytest.param(LAB, (3, 3), marks=pytest.mark.slow),
+        pytest.param(LAB, (4, 4), marks=pytest.mark.slow, id="larger-4"),
+        pytest.param(LAB, (3, 3), marks=pytest.mark.slow, id="larger-3"),
     ],
     ids=lambda value: value.name if isinstance(value, Path) else None,
 )
 def test_equal_text(engines: Engines, model: Path, bits: tuple[float, float]) -> None:
     if not model.is_dir():
-        pytest.skip(f"{model} is not there: the model lab is not part of the repository")
+        pytest.skip(f"{model} is no folder; LAB_MODEL=FOLDER names a larger model")
     expected = transformers_text(model, bits=bits, **PLAIN)
     options = {"k_bits": bits[0], "v_bits": bits[1]}
     run = engines([expected["prompts"]], options, model=str(model), max_tokens=TOKENS, **WHOLE)

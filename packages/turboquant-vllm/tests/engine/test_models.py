@@ -54,8 +54,8 @@ def test_layers_that_share_pages_read_them(engines: Engines, tmp_path: Path) -> 
     assert packed.blocks / full.blocks == pytest.approx(GAIN, rel=0.02)
     assert drift(full.passes[0], engines([IDS], {}, model=shared, **RANDOM).passes[0]) < 0.2
     assert drift(full.passes[0], packed.passes[0]) < 0.4
-    # vLLM's own attention gives other logits too when this model's prompts are cut.
-    allowed = 4 * drift(full.passes[0], engines([IDS], model=shared, **CUT).passes[0])
+    # vLLM's own attention gives other logits too when this model's prompts are cut, in some releases only when cached.
+    allowed = 4 * max(drift(full.passes[0], own) for own in engines([IDS, IDS], model=shared, **CUT).passes)
     cut = engines([IDS, IDS], PACKED, model=shared, **CUT)
     assert drift(packed.passes[0], cut.passes[0]) < allowed
     assert drift(packed.passes[0], cut.passes[1]) < allowed
