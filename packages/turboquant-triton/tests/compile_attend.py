@@ -116,4 +116,5 @@ if __name__ == "__main__":
         ttgir = binary.asm["ttgir"]
         copies = ttgir.count("ttg.async_copy_global_to_local")
         orders = register_orders(ttgir) if name.startswith("permute") else []
-        print(json.dumps({"name": name, "copies": copies, "orders": orders, **resources(binary)}), flush=True)
+        record = {"name": name, "copies": copies, "stages": options.get("num_stages", 1), "orders": orders}
+        print(json.dumps({**record, **resources(binary)}), flush=True)

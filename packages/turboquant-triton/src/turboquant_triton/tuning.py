@@ -47,14 +47,16 @@ def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> 
         block = 32 if 302 in (key_bits, value_bits) else 64
         return AttendConfig(block=block, num_warps=1, num_stages=3, programs_per_sm=8)
     if value_bits == 16 or head_dim > 128:
-        programs = 2 if value_bits == 16 and head_dim > 128 else 4
+        programs = 2 if value_bits == 16 and head_dim > 128 else 6 if key_bits == value_bits == 3 else 4
         return AttendConfig(block=64, num_warps=2, num_stages=3, programs_per_sm=programs)
     if key_bits == 4 and value_bits == 4 and head_dim > 64:
-        programs = 6 if few else 5 if n <= 16 else 4
-        return AttendConfig(block=128, num_warps=2, num_stages=3, programs_per_sm=programs)
-    programs = 12 if few else 8
+        if 8 < n <= 16:
+            return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=8)
+        return AttendConfig(block=128, num_warps=2, num_stages=2 if few else 3, programs_per_sm=6 if few else 4)
+    if few and head_dim <= 64 and key_bits == value_bits == 3:
+        return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=8)
     registers = 168 if few and head_dim <= 64 else None
-    return AttendConfig(64, 1, num_stages=3, programs_per_sm=programs, max_registers=registers)
+    return AttendConfig(64, 1, num_stages=3, programs_per_sm=12 if few else 8, max_registers=registers)
 
 
 def warp_config(head_dim: int, n: int = 8) -> AttendConfig:
