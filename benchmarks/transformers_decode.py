@@ -1,8 +1,9 @@
 """Decode speed and memory of Transformers' caches and of packed ones, on one model, in one run.
 
 The model has the shape of Qwen3-8B and random weights: speed and memory do not depend on them. For each batch and
-context every cache gets the same random prompt in one forward pass, then decodes token by token. Reported are tokens
-per second of the whole batch (median step), peak memory of the prompt and of decoding, and bytes of keys and values.
+context every cache gets the same random prompt in one forward pass, then decodes token by token: first untimed steps,
+then as many timed ones as the file says, none of which compiles a kernel. Reported are the median step and tokens per
+second of the whole batch in it, peak memory of the prompt and of decoding, and bytes of keys and values.
 Caches of fixed room, stock and packed, decode in a step that is compiled whole, and in one that is recorded in CUDA
 graphs besides; their prompt is not. What cannot run is listed with the reason. The file is written after every row,
 targets met and missed in it; steps that are run as they are come first.
@@ -17,12 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from contenders import Contender, contenders, stored_bytes
 from decode_modes import MODES, Mode, one_graph, why_not
+from decode_steps import Take, decode, room
 from decode_targets import stock_of, targets
 from report import table, write_json
 from torch import Tensor
@@ -31,7 +32,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from turboquant_hf.compat import CACHE_ARGUMENT
 
 HERE = Path(__file__).parent
-WARM_UP = 3
 CASES = ((1, 4096), (8, 4096), (1, 32768), (8, 32768), (1, 131072), (8, 131072))
 QUICK_CASES = ((1, 64), (2, 64))
 # Qwen3-8B's config.json.
@@ -77,15 +77,17 @@ def peak_memory(device: torch.device, into: dict[str, Any], name: str) -> Iterat
         into[name] = torch.cuda.max_memory_allocated()
 
 
-def decode(step: Callable[..., Any], cache: Any, token: Tensor, steps: int) -> list[float]:
-    """Seconds of each of :data:`WARM_UP` and ``steps`` greedy steps; the first ones compile and record."""
-    seconds = []
-    for _ in range(WARM_UP + steps):
+def greedy(step: Callable[..., Any], cache: Any, token: Tensor) -> Take:
+    """Steps of a model over ``cache``, each of which takes the token of the one before; the first ``token``."""
+
+    def take() -> float:
+        nonlocal token
         start = time.perf_counter()
         token = step(token, **{CACHE_ARGUMENT: cache}).logits[:, -1].argmax(-1, keepdim=True)
         token.cpu()  # as a stopping criterion does: a step ends when its token is known
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        return time.perf_counter() - start
+
+    return take
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def measure(model: Any, contender: Contender, prompt: Tensor, steps: int, backen
     """Figures of one cache on one prompt ``[batch, context]``."""
     row: dict[str, Any] = {}
     device = prompt.device
-    with contender.prepare(model, prompt.shape[1] + WARM_UP + steps) as cache:
+    with contender.prepare(model, prompt.shape[1] + room(steps)) as cache:
         with peak_memory(device, row, "prompt_peak_bytes"):
             start = time.perf_counter()
             logits = model(prompt, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
@@ -101,9 +103,7 @@ def measure(model: Any, contender: Contender, prompt: Tensor, steps: int, backen
             token.cpu()
             row["prompt_seconds"] = time.perf_counter() - start
         with peak_memory(device, row, "decode_peak_bytes"), one_graph(model, contender.mode, backend) as step:
-            seconds = decode(step, cache, token, steps)
-        row["first_step_seconds"] = seconds[0]
-        row["tokens_per_second"] = prompt.shape[0] / median(seconds[WARM_UP:])
+            row |= decode(greedy(step, cache, token), steps).row(prompt.shape[0])
         row["kv_bytes"] = stored_bytes(cache)
     return row
 
@@ -173,18 +173,20 @@ def decode_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         case = (row["batch"], row["context"])
         speed, stock = speeds[*case, row["cache"]], speeds.get((*case, stock_of(row["cache"])))
-        shown = ["-" if speed is None else f"{speed:.1f}", f"{speed / stock:.2f}x" if speed and stock else "-"]
+        step = row.get("median_step_seconds")
+        shown = ["-" if step is None else f"{step * 1e3:.2f}", "-" if speed is None else f"{speed:.1f}"]
+        shown.append(f"{speed / stock:.2f}x" if speed and stock else "-")
         peaks = [_gib(row.get(name)) for name in ("prompt_peak_bytes", "decode_peak_bytes", "kv_bytes")]
         lines.append([f"{case[0]} x {case[1]}", row["cache"], *shown, *peaks, row.get("reason", "")])
-    header = ["batch x context", "cache", "tokens/s", "against stock", "prompt peak GiB", "decode peak GiB", "KV GiB"]
-    return table([*header, "not run because"], lines)
+    header = ["batch x context", "cache", "median step ms", "tokens/s", "against stock", "prompt peak GiB"]
+    return table([*header, "decode peak GiB", "KV GiB", "not run because"], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny shape, on any machine; its figures mean nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=32, help="timed decode steps of each case")
+    parser.add_argument("--steps", type=int, default=32, help="timed decode steps of each case; fewer where slow")
     parser.add_argument("--cases", nargs="+", help="batchxcontext, such as 1x4096 8x32768")
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(MODES), help="how steps are run; default: all"

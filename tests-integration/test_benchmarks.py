@@ -23,6 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from contenders import Contender  # noqa: E402
 from decode_modes import one_graph  # noqa: E402
+from decode_steps import WARM_UP  # noqa: E402
 from decode_targets import targets  # noqa: E402
 from transformers_decode import QUICK_SHAPE, attempt, random_model  # noqa: E402
 
@@ -57,7 +58,8 @@ def test_decoding_of_transformers_caches(decoding: tuple[str, dict[str, Any]]) -
     for bits in (4, 3, 2):
         row = rows[f"turboquant {bits} bit"]
         packed = 2 * kv_heads * layers * VectorLayout(head_dim, bits, "int8").nbytes
-        assert row["tokens_per_second"] > 0
+        assert row["tokens_per_second"] == 1 / row["median_step_seconds"] > 0
+        assert (row["untimed_steps"], row["timed_steps"], row["compiled_later"]) == (WARM_UP, 2, [])
         assert row["kv_bytes"] == (tokens - RECENT_TOKENS) * packed + RECENT_TOKENS * stock
 
 
@@ -71,7 +73,7 @@ def test_compiled_steps_and_why_graphs_are_not_recorded(cache: str, decoding: tu
     assert compiled["first_step_seconds"] > 1 / compiled["tokens_per_second"]
     assert compiled["kv_bytes"] > 0
     assert rows[f"{cache}, CUDA graphs"]["reason"] == "CUDA graphs need a CUDA device, this is 'cpu'"
-    assert f"| {cache}, CUDA graphs | - | - | - | - | - | CUDA graphs need a CUDA device" in output
+    assert f"| {cache}, CUDA graphs | - | - | - | - | - | - | CUDA graphs need a CUDA device" in output
 
 
 def test_a_step_that_compiles_again_has_no_figures() -> None:
