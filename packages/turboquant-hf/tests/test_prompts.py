@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CpmAntConfig
+from transformers.generation import GenerationMixin
 
 from turboquant_hf import TurboQuantCache, patch_model, unpatch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
+from turboquant_hf.held_text import HeldText
+from turboquant_hf.verify import decoded_twin
+
+from .conftest import VOCABULARY, build
 
 
 def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
@@ -101,3 +107,64 @@ def test_a_copied_model_is_watched_as_itself(llama: Any, prompt: torch.Tensor) -
     assert "prepare_inputs_for_generation" not in vars(llama)
     with pytest.raises(ValueError, match="not used by the model"):
         generate(copied, prompt, None, no_such_argument=1)
+
+
+class TestAModelThatAddsTokens:
+    """CPM-Ant puts learned tokens before each prompt: its cache holds more than the text."""
+
+    @pytest.fixture
+    def cpmant(self) -> Any:
+        sizes = {"hidden_size": 64, "num_attention_heads": 2, "dim_head": 32, "dim_ff": 64, "num_hidden_layers": 2}
+        config = CpmAntConfig(vocab_size=VOCABULARY, prompt_length=6, segment_types=4, **sizes)
+        config.eos_token_id = None
+        return build(config, "eager")
+
+    @pytest.fixture
+    def cache(self, cpmant: Any) -> TurboQuantCache:
+        return patch_model(cpmant, verify=False)
+
+    def test_a_second_turn(self, cpmant: Any, cache: Any, prompt: torch.Tensor, more: torch.Tensor) -> None:
+        twin = decoded_twin(TurboQuantCache(cpmant.config), cpmant.config)
+        out = []
+        for one in (cache, twin):
+            first = generate(cpmant, prompt, one)
+            out.append(generate(cpmant, torch.cat((first, more), 1), one))
+        assert torch.equal(*out)
+        assert cache.get_seq_length() == out[0].shape[1] - 1 + 6
+
+    def test_another_prompt(self, cpmant: Any, cache: Any, prompt: torch.Tensor) -> None:
+        full = generate(cpmant, prompt, cache)
+        with pytest.raises(ValueError, match="does not begin with the 24 tokens"):
+            generate(cpmant, full.flip(1).repeat(1, 2), cache)
+        with pytest.raises(ValueError, match="has 24 tokens and the cache already holds 24"):
+            generate(cpmant, full[:, :24], cache)
+
+    def test_after_a_crop(self, cpmant: Any, cache: Any, prompt: torch.Tensor, more: torch.Tensor) -> None:
+        full = generate(cpmant, prompt, cache)
+        cache.crop(-4)
+        other = torch.cat((full[:, :20], more), 1)
+        assert torch.equal(generate(cpmant, other, cache)[:, :23], other)
+
+    def test_text_cut_by_the_length_of_the_cache(
+        self, cpmant: Any, cache: Any, prompt: torch.Tensor, more: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As Transformers does for models that do not say that they want all of it."""
+        monkeypatch.setattr(
+            type(cpmant), "prepare_inputs_for_generation", GenerationMixin.prepare_inputs_for_generation
+        )
+        unpatch_model(cpmant)
+        patch_model(cpmant, verify=False)
+        ids = torch.cat((prompt, more), 1)
+        cache.text.note(prompt)
+        cpmant(prompt, **{CACHE_ARGUMENT: cache})
+        cache.text.measure(27)
+        with pytest.raises(ValueError, match=r"^21 of the 24 tokens of the prompt reach the model: it put 6 tokens"):
+            generate(cpmant, ids, cache)
+
+
+def test_tokens_after_a_crop_are_not_taken_for_added_ones() -> None:
+    text = HeldText()
+    text.note(torch.zeros(1, 8))
+    text.crop(5)
+    text.measure(9)
+    assert text.added == 0

@@ -32,6 +32,9 @@ def _see(cache: PackedCache, input_ids: Tensor, arguments: dict[str, Any]) -> No
         return
     if arguments.get("is_first_iteration"):
         cache.text.check(input_ids, int(cache.get_seq_length()))
+    elif not isinstance(cache, TurboQuantStaticCache):
+        # Of a static cache, that would wait for the device in every step.
+        cache.text.measure(int(cache.get_seq_length()))
     if isinstance(cache, TurboQuantStaticCache):
         cache.check_room(input_ids.shape[1])
         # The forward gets a mask of four dimensions, made before it.
@@ -66,9 +69,13 @@ def watch_prompts(model: PreTrainedModel) -> None:
     @wraps(original)
     def prepare(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE_ARGUMENT)
-        if isinstance(cache, PackedCache):
-            _see(cache, input_ids, kwargs)
-        return original(self, input_ids, *args, **kwargs)
+        if not isinstance(cache, PackedCache):
+            return original(self, input_ids, *args, **kwargs)
+        _see(cache, input_ids, kwargs)
+        inputs = original(self, input_ids, *args, **kwargs)
+        if kwargs.get("is_first_iteration"):
+            cache.text.check_cut(input_ids, inputs["input_ids"])
+        return inputs
 
     # Before every forward, also of one that generate() does not call.
     _hooks[model] = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
