@@ -121,9 +121,12 @@ def _shape_bytes(shape: AttendShape, request: KernelRequest, permute: bool) -> i
 
 
 def _pieces(shape: AttendShape, programs: int, value_dim: int) -> int:
-    """Pieces of an item that the merge reads together: about as many as an item has when all are of one length."""
+    """Pieces of an item that the merge reads together: about as many as an item has when all are of one length.
+
+    A power of 4, so that few are compiled.
+    """
     expected = programs // shape.items + 2
-    return min(max(1 << (expected - 1).bit_length(), 4), _MERGE_TILE // value_dim)
+    return min(max(1 << 2 * -(-(expected - 1).bit_length() // 2), 4), _MERGE_TILE // value_dim)
 
 
 def _prepare(

@@ -15,7 +15,8 @@ from .kernels.attend_plan import PLAN_FIELDS
 _ALIGNMENT = 256
 _PORTABLE_N = 16
 _WIDEST_N = 32
-_WIDEST_SEARCH = 1024
+# Few widths: each is a compilation of its own, and a batch grows and shrinks with every step of a server.
+_SEARCH_WIDTHS = (32, 256, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class AttendShape:
     @property
     def rows_block(self) -> int:
         """Rows that one program looks at together when it searches the plan."""
-        return min(1 << (self.rows - 1).bit_length(), _WIDEST_SEARCH)
+        return next((width for width in _SEARCH_WIDTHS if self.rows <= width), _SEARCH_WIDTHS[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def row_of_program(program, query_start_loc, seq_lens, batch, Q_LEN: tl.constexp
         return program, tl.load(seq_lens + program)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "block_table_stride"])
 def attend_exact_kernel(
     query,  # [tokens, KV_HEADS * GROUP, D]
     key_rows,  # exact keys [num_pages, KV_HEADS, FIRST + RING, D], strided

@@ -24,7 +24,7 @@ def piece_range(plan, rows, row, local, programs, ITEMS_PER_ROW: tl.constexpr):
     return first, tl.where(tiles > 0, (first_tile + tiles - 1) // share - first + 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def attend_merge_kernel(
     partial,  # float32 [slots, N, D]
     stats,  # float32 [slots, 2, N]

@@ -98,7 +98,7 @@ def load_scales(
     return tl.reshape(half, (BLOCK,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "block_table_stride", "window"])
 def attend_permute_kernel(
     query,  # int8 [items, N, D], rotated
     query_stats,  # float32 [items, 2, N]: multiplier and offset of the int8 scores, base-2 logarithm units

@@ -21,7 +21,7 @@ def load_vectors(rows, valid, levels, BITS: tl.constexpr, INT8: tl.constexpr, D:
     return tl.load(levels + entry, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "block_table_stride", "window"])
 def attend_portable_kernel(
     query,  # float32 [items, N, D], rotated, times scaling and log2(e)
     pages,

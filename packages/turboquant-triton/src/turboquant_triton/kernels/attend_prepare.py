@@ -13,7 +13,7 @@ from .widths import is_mixed
 LARGEST_INT8 = tl.constexpr(127.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "batch", "vectors", "window"])
 def attend_prepare_kernel(
     query,  # float [tokens, KV_HEADS * GROUP, D]
     hadamard,  # fp16 [D, D]

@@ -197,7 +197,7 @@ def whole_tiles(first, last, end, Q_LEN: gl.constexpr, MASK_ALL: gl.constexpr, B
         return gl.maximum(gl.minimum(last, gl.maximum(end - (Q_LEN - 1), 0) // BLOCK), first)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "block_table_stride", "window"])
 def attend_warp_kernel(
     query,  # int8 [items, N, D], rotated
     query_stats,  # float32 [items, 2, N]: multiplier and offset of the int8 scores, base-2 logarithm units

@@ -15,7 +15,7 @@ from .unrotate import load_level_rows, unrotate_to
 from .widths import row_bytes, unit_bytes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])
 def decode_kernel(
     codes,  # units [rows, D * BITS / bits of a unit]
     scales,  # fp16 [rows]

@@ -135,7 +135,7 @@ def encode_rows(
     return words, stored_scale(vector_scale(rms, inner, power, RULE, D), finite)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])
 def encode_kernel(
     x,
     center,  # float32 [inner, D]

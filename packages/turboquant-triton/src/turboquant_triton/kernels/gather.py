@@ -40,7 +40,10 @@ def locate(
     return tl.where(inside, page, 0) * KV_HEADS + head, position % PAGE_SIZE, head, inside
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "start", "length", "num_pages", "table_stride"],
+    do_not_specialize_on_alignment=["block_table"],
+)
 def gather_kernel(
     units,  # the pages as units of the code rows
     scales,  # the pages as fp16
@@ -84,7 +87,10 @@ def gather_kernel(
         unrotate_to(target, center + head * D, row < rows, level, scale, matrix, signs, D, HAS_CENTER, WIDTH)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "start", "length", "num_pages", "table_stride"],
+    do_not_specialize_on_alignment=["block_table"],
+)
 def gather_raw_kernel(
     pages,  # in the dtype of out
     block_table,

@@ -27,7 +27,7 @@ from .unrotate import LEVEL_UNIT, load_level_rows
 from .widths import row_bytes, unit_bytes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "q_len"])
 def rotate_kernel(
     query,  # [batch, q_len, D]
     signs,  # float32 [D]
@@ -57,7 +57,7 @@ def rotate_kernel(
         tl.store(target[:, None] + first + tl.arange(0, COLUMNS)[None, :], rotated, mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len"])
 def scores_kernel(
     query,  # float32 [batch, q_len, positions], rotated
     codes,  # units [batch, kv_len, D * BITS / bits of a unit]

@@ -98,7 +98,7 @@ def store_raw(
     tl.store(pages + (chunk * CHUNK + OFFSET + token * D)[:, None] + d, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slots"])
 def store_kernel(
     key,
     value,

@@ -51,7 +51,7 @@ def copy_rows(
         tl.store(place, value, mask=(valid & (overwritten == 0))[:, None] & (d < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slots"])
 def store_exact_kernel(
     key,
     value,
