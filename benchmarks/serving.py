@@ -13,7 +13,8 @@ is skipped.
 
 Results are written after each workload, beside those of other contenders that the file already holds; it is refused
 when these are of another device or other versions. What engines print goes to $OUT/serving-NAME.log, or to a temporary
-folder where OUT is not set; its end is shown when an engine fails.
+folder where OUT is not set; its end is shown when an engine fails. Kernels that were compiled while an engine served
+are named in its results; a packed engine must have none.
 
 vLLM finds plug-ins by the metadata of distributions: on a host without network, unpack the wheels that ``nox -s build``
 makes into a folder on PYTHONPATH.
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -152,12 +154,21 @@ def child(
             print(f"{name}: {time.monotonic() - began:.0f} s: {_last_line(found)}", flush=True)
             keep(found)
         process.wait()
+    stopped_for = compiled_while_serving(log.read_text(encoding="utf-8", errors="replace"))
+    if stopped_for:
+        found["compiled_while_serving"] = stopped_for
+        keep(found)
     if process.returncode:
         reason = f"ended after {seconds:.0f} s" if late.is_set() else f"exit status {process.returncode}"
         found["error"] = f"{reason}; the log ends with\n{log.read_text(encoding='utf-8')[-3000:]}"
         keep(found)
         print(f"{name}: {time.monotonic() - began:.0f} s: failed, {reason}", flush=True)
     return found
+
+
+def compiled_while_serving(log: str) -> list[str]:
+    """Names of the Triton kernels that vLLM saw compiled after it began to serve: a request waited for each."""
+    return sorted(set(re.findall(r"Triton kernel JIT compilation during inference: (\w+)", log)))
 
 
 def command(name: str, arguments: argparse.Namespace, model: Path | None) -> list[str]:
@@ -253,10 +264,11 @@ def write_soak(out: Path, found: dict[str, Any]) -> None:
 
 
 def failed(results: dict[str, Any]) -> bool:
-    """Whether a soak failed, or a run of ours in a comparison did not end."""
+    """Whether a soak failed, or a run of ours in a comparison did not end or compiled a kernel while it served."""
     if "soak" in results:
         return not results["soak"].get("passed", False)
-    return any("error" in result for name, result in results.items() if name.startswith("turboquant"))
+    ours = [result for name, result in results.items() if name.startswith("turboquant")]
+    return any("error" in result or "compiled_while_serving" in result for result in ours)
 
 
 def main() -> None:

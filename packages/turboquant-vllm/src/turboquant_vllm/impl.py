@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from turboquant_core.exact import ExactRowsProvider, attend_with_exact
 from .errors import UnsupportedError
 from .exact_context import ExactContext
 from .limits import check_center, check_engine, check_layer_arguments
-from .metadata import PackedRows, StepMetadata
 from .packing import LayerShape
 from .plan import PromptPlan
 from .prompts import PromptAttention
 from .raw_attention import RawAttention, Scoring, flash_attention, torch_attention
 from .scratch import Scratch
 from .setup import LayerSetup, engine_device, set_up_layer
+from .step import PackedRows, StepMetadata
 from .windows import check_exact_layer, exact_provider
 
 
@@ -100,6 +101,13 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
         """Make the codecs of pages of ``page_size`` tokens, before CUDA graphs are captured."""
         if page_size not in self._codecs:
             self._codecs[page_size] = self.setup.codec(page_size)
+
+    def kind(self, page_size: int) -> Hashable:
+        """What the forms of this layer's kernels depend on: layers of one kind launch the same ones."""
+        scoring, setup, options = self.scoring, self.setup, self.setup.options
+        given = (scoring.window, scoring.softcap, self.sinks, setup.center, self.kv_sharing_target_layer_name)
+        rules = (options.key_scale, options.value_scale, options.prefill, options.recent_tokens)
+        return (page_size, self.num_heads, setup.request, setup.exact, rules, *(x is not None for x in given))
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

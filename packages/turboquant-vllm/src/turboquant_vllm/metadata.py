@@ -1,52 +1,20 @@
-"""What attention needs to know about a step, built once for all layers of a group."""
+"""What is built once for all layers of a group: the metadata of each step, and their kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .errors import UnsupportedError
 from .limits import check_page
-from .plan import PromptPlan, prompt_plan
+from .plan import prompt_plan
 from .report import announce
 from .setup import engine_captures
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRows:
-    """Rows whose few new tokens are attended to from the pages, where they have just been stored.
-
-    Attributes:
-        tokens: their tokens, the first of the step.
-        block_table: int32 ``[rows, max_pages]``.
-        seq_lens: int32 ``[rows]``, new tokens included; 0 for a padded row.
-        query_start_loc: int32 ``[rows + 1]``; None when all rows have the same number of tokens.
-    """
-
-    tokens: int
-    block_table: Tensor
-    seq_lens: Tensor
-    query_start_loc: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetadata(AttentionMetadata):  # type: ignore[misc]
-    """Decoding rows, which come first, and prompt rows; None where a step has none.
-
-    Attributes:
-        packed: the decoding rows.
-        prompts: the others.
-        slot_mapping: int64 ``[tokens]`` of the whole step, in vLLM's own buffer; -1 for a padded token.
-    """
-
-    packed: PackedRows | None
-    prompts: PromptPlan | None
-    slot_mapping: Tensor
+from .step import PackedRows, StepMetadata
+from .warming import warm_up
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: ignore[misc]
@@ -60,9 +28,11 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: igno
         check_page(kv_cache_spec)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
-        for name in layer_names:
-            layers[name].impl.prepare(kv_cache_spec.block_size)
+        attention = [layers[name].impl for name in layer_names]
+        for layer in attention:
+            layer.prepare(kv_cache_spec.block_size)
         announce(vllm_config)
+        warm_up(attention, vllm_config, self.reorder_batch_threshold or 1, kv_cache_spec.block_size, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

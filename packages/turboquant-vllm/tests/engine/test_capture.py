@@ -29,7 +29,8 @@ with warnings.catch_warnings():
     from vllm.v1.worker import workspace as vllm_workspace
 
     from turboquant_vllm.impl import PackedAttention
-    from turboquant_vllm.metadata import PackedRows, StepMetadata, StepMetadataBuilder
+    from turboquant_vllm.metadata import StepMetadataBuilder
+    from turboquant_vllm.step import PackedRows, StepMetadata
 
 ROWS, PAGES, TOKENS, PAGE, DRAFTS = 8, 6, 32, 16, 3
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
