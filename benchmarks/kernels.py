@@ -49,6 +49,13 @@ SDPA_LARGEST_TOKENS = 1 << 18
 # It writes scores and decoded values in single precision to memory.
 FUSED_LARGEST_TOKENS = 1 << 17
 SWEPT = ("4/128/4", "3/128/4", "2/128/4", "3/256/4", "4/64/4", "3/64/4", "2/64/4", "4/128/16", "store/4/128")
+TITLES = {
+    "fa3": "FA3 bf16",
+    "fa2": "FA2 bf16",
+    "sdpa": "SDPA bf16",
+    **{preset: f"vLLM {preset}" for preset in VLLM_PRESETS},
+    **{f"fused_turboquant_{bits}": f"fused-turboquant {bits} bit" for bits in BITS},
+}
 # 16-bit attention, timed beside ours; the packed rivals take tens of times longer and come last.
 REFERENCES = ("fa3", "fa2", "sdpa")
 APPEND_TOKENS = 32
@@ -279,7 +286,9 @@ def attention_table(rows: list[dict[str, Any]]) -> str:
             ratio = f" ({row['fa3'] / row[f'packed_{bits}']:.2f}x)" if "fa3" in row else ""
             line.append(f"{row[f'packed_{bits}']:.1f} / {row[f'limit_{bits}']:.1f}{ratio}")
         lines.append(line)
-    return table(["shape", *names, *(f"{bits} bit / limit (FA3 / ours)" for bits in BITS)], lines)
+    return table(
+        ["shape", *(TITLES[name] for name in names), *(f"{bits} bit / limit (FA3 / ours)" for bits in BITS)], lines
+    )
 
 
 def plot(rows: list[dict[str, Any]], target: Path) -> None:

@@ -7,24 +7,18 @@ nothing and fails where the page and the files differ.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import re
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
+import page_blocks
+from page_blocks import RESULTS, ROOT, Row, read, verdict
 from quality import COLUMNS
 from quality_sweeps import WINDOWS_WITHIN_2_PERCENT
 from report import table
 from retrieval import columns, shares
 
-HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "quality.md"
-BLOCK = re.compile(r"(?P<head><!-- (?P<file>\S+) (?P<kind>\S+) -->\n\n)(?:(?!<!-- ).)*?\n?\n?<!-- end -->", re.DOTALL)
-"""A table, empty ones too; never a part of the page with another's marks in it."""
+PAGE = ROOT / "docs" / "quality.md"
 NEEDLES = "quality_retrieval_lab.json"
 CONTEXT = "4096"
 SHORT = ("method", "bits", "KL", "standard error", "loss %")
@@ -38,20 +32,6 @@ MOST_FOR_WINDOWS = 2.0
 TRELLIS = {3: 0.042, 2: 0.17}
 RIVALS = {4: 0.8, 3: 0.75, 2: 0.6}
 RETRIEVED = {4: 1.0, 3: 1.0, 2: 0.95}
-
-Row = dict[str, Any]
-
-
-def load(name: str) -> Row:
-    """A file of ``results/``: facts of the run and its results."""
-    found: Row = json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
-    return found
-
-
-def read(name: str) -> Row:
-    """Results of a file."""
-    found: Row = load(name)["results"]
-    return found
 
 
 def sweep(results: Row, name: str) -> str:
@@ -105,11 +85,6 @@ def best_rival(rows: list[Row], bits: float, *, windows: bool = False) -> float:
             families.setdefault(name.rsplit(",", 1)[0], []).append((row["bits"], row["KL"]))
     found = [kl for kl in (at_bits(points, bits) for points in families.values()) if kl is not None]
     return min(found)
-
-
-def verdict(value: float, limit: float, *, least: bool = False) -> str:
-    """The value and whether it keeps to the limit."""
-    return f"{value:.4g} ({'met' if (value >= limit if least else value <= limit) else 'missed'})"
 
 
 def too_wide(row: Row, alone: float) -> str | None:
@@ -174,7 +149,7 @@ def retrieved() -> list[list[str]]:
 
 def choices(name: str) -> str:
     """What the doctor printed below its table of heads."""
-    text = (HERE / "results" / name).read_text(encoding="utf-8")
+    text = (RESULTS / name).read_text(encoding="utf-8")
     return f"```\n{text[text.index('nats per token at') :].rstrip()}\n```"
 
 
@@ -186,28 +161,15 @@ TABLES: dict[str, Callable[[Row, str], str]] = {
 }
 
 
+def made(name: str, kind: str) -> str:
+    """The table of a mark."""
+    return choices(name) if kind == "choices" else TABLES.get(kind, sweep)(read(name), kind)
+
+
 def filled(page: str) -> str:
     """The page with every table made anew."""
-
-    def made(block: re.Match[str]) -> str:
-        name, kind = block["file"], block["kind"]
-        body = choices(name) if kind == "choices" else TABLES.get(kind, sweep)(read(name), kind)
-        return block["head"] + body + "\n\n<!-- end -->"
-
-    return BLOCK.sub(made, page)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    new = filled(page)
-    if arguments.check and new != page:
-        raise SystemExit(f"{PAGE.name} differs from results/: run python benchmarks/quality_page.py")
-    if not arguments.check:
-        PAGE.write_text(new, encoding="utf-8")
+    return page_blocks.filled(page, made)
 
 
 if __name__ == "__main__":
-    main()
+    page_blocks.main(__doc__, [PAGE], filled, "python benchmarks/quality_page.py")

@@ -72,8 +72,13 @@ def facts(device: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
-        "command": shlex.join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *words()]),
     }
+
+
+def words() -> list[str]:
+    """Arguments of the command; of absolute paths the last part, since the folders are this machine's."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
 
 
 def write_json(path: Path, results: dict[str, Any], device: str | None = None) -> None:

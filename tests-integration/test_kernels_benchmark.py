@@ -80,7 +80,10 @@ def test_the_rules_give_other_codes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "header"),
-    [("kernels", "| tokens | bits | limit | store |"), ("kernels_h100", "| shape | fa3 |")],
+    [
+        ("kernels", "| tokens | bits | limit | store |"),
+        ("kernels_h100_rivals", "| shape | FA3 bf16 | SDPA bf16 | vLLM turboquant_4bit_nc |"),
+    ],
 )
 def test_tables_of_files_of_older_commands(
     name: str, header: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import quality_page  # noqa: E402
-from quality_page import BLOCK, PAGE, at_bits, best_rival, filled, read, verdict  # noqa: E402
+from page_blocks import BLOCK, load, read, verdict  # noqa: E402
+from quality_page import PAGE, at_bits, best_rival, filled  # noqa: E402
 from retrieval import figures, interval  # noqa: E402
 
 
@@ -43,7 +44,7 @@ def test_no_table_of_figures_is_typed_in() -> None:
 def test_results_name_a_clean_commit() -> None:
     files = {block["file"] for block in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))}
     for name in (name for name in files if name.endswith(".json")):
-        commit = quality_page.load(name)["commit"]
+        commit = load(name)["commit"]
         assert commit, name
         assert "dirty" not in commit, name
 
