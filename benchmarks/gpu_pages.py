@@ -36,6 +36,7 @@ HEADLINE = {
 }
 WIDTHS = ["4 bit", "3 bit", "2 bit"]
 PAGE_128 = "attention_page_128"
+NOTHING = "The run was cut before this."
 
 
 def run(reports: list[Row]) -> str:
@@ -60,21 +61,23 @@ def only(reports: list[Row]) -> Row:
 
 
 def headline(reports: list[Row]) -> str:
-    """Microseconds of one decode step, a row for each run, the newest first."""
+    """Microseconds of one decode step, a row for each run that came to it, the newest first."""
     rows = []
     for report in sorted(reports, key=lambda report: str(report["date"]), reverse=True):
-        (row,) = (row for row in report["results"][PAGE_128] if row["shape"] == HEADLINE_SHAPE)
-        cells = (f"{row[name]:.0f}" if name in row else "-" for name in HEADLINE)
-        rows.append([report["device"], report["commit"], *cells])
+        for row in (row for row in report["results"][PAGE_128] if row["shape"] == HEADLINE_SHAPE):
+            cells = (f"{row[name]:.0f}" if name in row else "-" for name in HEADLINE)
+            rows.append([report["device"], report["commit"], *cells])
     return table(["device", "commit", *HEADLINE.values()], rows)
 
 
 def attention(kind: str) -> Callable[[list[Row]], str]:
-    return lambda reports: attention_table(only(reports)[kind])
+    """Times beside 16-bit attention and rivals; a cut run may have none."""
+    return lambda reports: attention_table(rows) if (rows := only(reports).get(kind)) else NOTHING
 
 
 def operations(kind: str) -> Callable[[list[Row]], str]:
-    return lambda reports: rows_table(only(reports)[kind])
+    """Times of storing, encoding and decoding; a cut run may have none."""
+    return lambda reports: rows_table(rows) if (rows := only(reports).get(kind)) else NOTHING
 
 
 def kernel_targets(reports: list[Row]) -> str:

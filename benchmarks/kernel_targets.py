@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from page_blocks import Row, verdict
+from collections.abc import Callable, Mapping
+
+from page_blocks import NOT_MEASURED, Row, verdict
 
 BITS = (4, 3, 2)
 LEAST_SPEED = {
@@ -28,18 +30,31 @@ RIVALS = {4: "turboquant_4bit_nc", 3: "turboquant_3bit_nc"}
 """vLLM's own, by bits."""
 
 
+def by_shape(rows: list[Row]) -> dict[str, Row]:
+    """Rows of attention; those that FlashAttention-3 was not timed for decide nothing."""
+    return {row["shape"]: row for row in rows if "fa3" in row}
+
+
+def least_of(figure: Callable[[int], float | None], least: Callable[[int], float | None]) -> list[str]:
+    """A cell for each width: ``figure(bits)``, which a cut run lacks, beside the target ``least(bits)``, if any."""
+    return [cell(figure(bits), least(bits), least=True) for bits in BITS]
+
+
+def cell(value: float | None, limit: float | None, *, least: bool) -> str:
+    """Value, verdict and limit."""
+    if limit is None:
+        return "no target"
+    said = NOT_MEASURED if value is None else verdict(value, limit, least=least)
+    return f"{said}, {'>=' if least else '<='} {limit:g}"
+
+
 def against_flash_attention(rows: list[Row]) -> list[list[str]]:
     """Speed relative to FlashAttention-3, for each shape that has a target."""
-    shapes = {row["shape"]: row for row in rows}
+    shapes = by_shape(rows)
     found = []
     for name, limits in LEAST_SPEED.items():
-        row = shapes[f"{name}, group 4, head_dim 128"]
-        cells = [
-            f"{verdict(row['fa3'] / row[f'packed_{bits}'], limits[bits], least=True)}, >= {limits[bits]}"
-            if bits in limits
-            else "no target"
-            for bits in BITS
-        ]
+        row = shapes.get(f"{name}, group 4, head_dim 128")
+        cells = least_of(lambda bits, row=row: row and row["fa3"] / row[f"packed_{bits}"], limits.get)
         found.append([f"{name}: times as fast as FlashAttention-3", *cells])
     return found
 
@@ -47,12 +62,13 @@ def against_flash_attention(rows: list[Row]) -> list[list[str]]:
 def other_head_dims(rows: list[Row]) -> list[list[str]]:
     """Share of the limit at head_dims 64 and 256, relative to that at head_dim 128."""
     shapes = {row["shape"]: row for row in rows}
-    full = shapes["8 x 32K, group 4, head_dim 128"]
     found = []
     for head_dim in (64, 256):
-        row = shapes[f"8 x 32K, group 4, head_dim {head_dim}"]
-        shares = (share(row, bits) / share(full, bits) for bits in BITS)
-        cells = (f"{verdict(s, LEAST_OF_HEAD_DIM_128, least=True)}, >= {LEAST_OF_HEAD_DIM_128}" for s in shares)
+        full, row = (shapes.get(f"8 x 32K, group 4, head_dim {size}") for size in (128, head_dim))
+        cells = least_of(
+            lambda bits, full=full, row=row: share(row, bits) / share(full, bits) if row and full else None,
+            lambda _: LEAST_OF_HEAD_DIM_128,
+        )
         found.append([f"head_dim {head_dim}, 8 x 32K: share of the limit over head_dim 128's", *cells])
     return found
 
@@ -62,34 +78,42 @@ def share(row: Row, bits: int) -> float:
     return float(row[f"limit_{bits}"] / row[f"packed_{bits}"])
 
 
+def classes(rows: list[Row], *keys: str) -> dict[tuple[int, ...], dict[int, Row]]:
+    """Rows of what caches store, by ``keys`` and width."""
+    found: dict[tuple[int, ...], dict[int, Row]] = {}
+    for row in rows:
+        if row["scale_rule"] == STORED:
+            found.setdefault(tuple(row[key] for key in keys), {})[row["bits"]] = row
+    return found
+
+
 def storing(rows: list[Row]) -> list[list[str]]:
     """Storing an append, in microseconds, and the tokens of a prompt, as a share of bandwidth."""
     found = []
-    stored = [row for row in rows if row["scale_rule"] == STORED]
-    for tokens, head_dim in dict.fromkeys((row["tokens"], row["head_dim"]) for row in stored):
-        of = {row["bits"]: row for row in stored if (row["tokens"], row["head_dim"]) == (tokens, head_dim)}
+    for (tokens, head_dim), of in classes(rows, "tokens", "head_dim").items():
+        name = f"storing {tokens} tokens, head_dim {head_dim}"
         if tokens == APPEND_TOKENS:
-            cells = [f"{verdict(of[bits]['store'], MOST_APPEND)}, <= {MOST_APPEND:g}" for bits in BITS]
-            found.append([f"storing {tokens} tokens, head_dim {head_dim}: microseconds", *cells])
+            times = (of[bits]["store"] if bits in of else None for bits in BITS)
+            found.append([f"{name}: microseconds", *(cell(time, MOST_APPEND, least=False) for time in times)])
         else:
-            name = f"storing {tokens} tokens, head_dim {head_dim}: share of bandwidth"
-            found.append([name, *shares_of_bandwidth(of, "store")])
+            found.append([f"{name}: share of bandwidth", *shares_of_bandwidth(of, "store")])
     return found
 
 
 def encoding(rows: list[Row]) -> list[list[str]]:
     """Encoding the vectors of a prompt, as a share of bandwidth."""
-    found = []
-    for head_dim in dict.fromkeys(row["head_dim"] for row in rows):
-        of = {row["bits"]: row for row in rows if row["head_dim"] == head_dim and row["scale_rule"] == STORED}
-        found.append([f"encode, head_dim {head_dim}: share of bandwidth", *shares_of_bandwidth(of, "encode")])
-    return found
+    return [
+        [f"encode, head_dim {head_dim}: share of bandwidth", *shares_of_bandwidth(of, "encode")]
+        for (head_dim,), of in classes(rows, "head_dim").items()
+    ]
 
 
-def shares_of_bandwidth(of: dict[int, Row], operation: str) -> list[str]:
+def shares_of_bandwidth(of: Mapping[int, Row], operation: str) -> list[str]:
     """Cells of each width."""
-    least = LEAST_SHARE_OF_BANDWIDTH
-    return [f"{verdict(of[bits]['limit'] / of[bits][operation], least, least=True)}, >= {least}" for bits in BITS]
+    return least_of(
+        lambda bits: of[bits]["limit"] / of[bits][operation] if bits in of else None,
+        lambda _: LEAST_SHARE_OF_BANDWIDTH,
+    )
 
 
 def against_rivals(rows: list[Row]) -> list[list[str]]:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(?P<head><!-- (?P<file>\S+) (?P<kind>\S+) -->\n\n)(?:(?!<!-- ).)*?\n?\n?<!-- end -->", re.DOTALL)
 """A part, empty ones too; never a piece of the page with another's marks in it."""
+NOT_MEASURED = "not measured"
 
 Row = dict[str, Any]
 

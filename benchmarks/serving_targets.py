@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from page_blocks import Row, verdict
+from page_blocks import NOT_MEASURED, Row, verdict
 
 STOCK = "bf16"
 LEAST_CAPACITY = {"turboquant-4bit": 3.75, "turboquant-3bit": 5.0, "turboquant-2bit": 7.3}
@@ -15,7 +15,6 @@ LARGEST = "16 x 32K"
 MOST_LARGEST_MS = 13.5
 LEAST_LARGEST_SPEED = 1.8
 """Where the cache is most of what is read: milliseconds of a token, and speed relative to bf16."""
-NOT_MEASURED = "not measured"
 
 
 def capacity(result: Row) -> int:

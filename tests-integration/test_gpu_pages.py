@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from fnmatch import fnmatch
@@ -15,9 +16,10 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_pages  # noqa: E402
 import kernel_targets  # noqa: E402
+import page_blocks  # noqa: E402
 import report  # noqa: E402
 import serving_targets  # noqa: E402
-from gpu_pages import PAGES, filled, made  # noqa: E402
+from gpu_pages import PAGE_128, PAGES, filled, made  # noqa: E402
 from page_blocks import BLOCK, RESULTS, load, update  # noqa: E402
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
@@ -90,8 +92,8 @@ def rows_of_attention(speed: float) -> list[dict[str, Any]]:
 
 def test_targets_of_attention_are_relative_to_flash_attention() -> None:
     found = {row[0].split(":")[0]: row[1:] for row in kernel_targets.against_flash_attention(rows_of_attention(3.3))}
-    assert found["32 x 32K"] == ["3.3 (met), >= 3.3", "3.3 (missed), >= 3.8", "3.3 (missed), >= 5.0"]
-    assert found["1 x 4K"] == ["3.3 (met), >= 1.0", "no target", "no target"]
+    assert found["32 x 32K"] == ["3.3 (met), >= 3.3", "3.3 (missed), >= 3.8", "3.3 (missed), >= 5"]
+    assert found["1 x 4K"] == ["3.3 (met), >= 1", "no target", "no target"]
 
 
 def test_other_head_dims_are_held_to_the_share_of_the_limit() -> None:
@@ -113,12 +115,34 @@ def test_storing_is_held_to_what_caches_store() -> None:
     assert prompt[1:] == ["0.5 (met), >= 0.5"] * 3
 
 
+def test_what_a_cut_run_lacks_is_not_measured() -> None:
+    rows = rows_of_attention(3.3)[:1]
+    first, second = kernel_targets.against_flash_attention(rows)[:2]
+    assert first[1] == "3.3 (met), >= 3.3"
+    assert second[1] == "not measured, >= 2.8"
+    assert kernel_targets.other_head_dims(rows)[0][1:] == ["not measured, >= 0.85"] * 3
+    stored = {"tokens": 32, "head_dim": 64, "bits": 4, "scale_rule": "searched", "limit": 1.0, "store": 9.0}
+    assert kernel_targets.storing([stored])[0][1:] == ["9 (missed), <= 8", *["not measured, <= 8"] * 2]
+
+
 def test_rivals_that_were_not_timed_decide_nothing() -> None:
     rows = rows_of_attention(3.0)
     assert kernel_targets.against_rivals(rows) == []
     rows[0] |= {"turboquant_4bit_nc": 1000.0, "turboquant_3bit_nc": 990.0}
     (found,) = kernel_targets.against_rivals(rows)
     assert found[1:] == ["10 (met), >= 10", "9.9 (missed), >= 10", "no target"]
+
+
+def test_tables_of_a_cut_run_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load("kernels_h100.json")
+    cut = {PAGE_128: whole["results"][PAGE_128][:2], "store": [], "vectors": []}
+    (tmp_path / "kernels_h100.json").write_text(json.dumps({**whole, "results": cut}))
+    monkeypatch.setattr(page_blocks, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_pages, "RESULTS", tmp_path)
+    assert made("kernels_h100.json", "store") == made("kernels_h100.json", "vectors") == gpu_pages.NOTHING
+    assert "not measured, >= 3.3" in made("kernels_h100.json", "kernel_targets")
+    assert made("kernels_h100.json", PAGE_128).count("\n") == 3
+    assert made("kernels_h100.json", "headline").count("\n") == 1
 
 
 def engine(blocks: int, **workloads: tuple[float, float]) -> dict[str, Any]:
