@@ -24,7 +24,7 @@ from page_blocks import BLOCK, RESULTS, load, update  # noqa: E402
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
 MARKS = {(block["file"], block["kind"]) for text in TEXTS.values() for block in BLOCK.finditer(text)}
-FILES = sorted(path.name for path in RESULTS.glob("*_h100*.json"))
+FILES = sorted(path.name for path in RESULTS.glob("*_h[12]00*.json"))
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -46,7 +46,7 @@ def test_a_result_is_shown_and_names_a_clean_commit(name: str) -> None:
     assert any(fnmatch(name, pattern) for pattern, kind in MARKS if kind == "run")
     found = load(name)
     assert re.fullmatch(r"[0-9a-f]{7,40}", found["commit"])
-    assert "H100" in found["device"]
+    assert re.search(r"_(h[12]00)", name)[1].upper() in found["device"]
 
 
 @pytest.mark.parametrize("name", FILES)
