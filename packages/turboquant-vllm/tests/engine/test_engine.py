@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,28 @@ SHORT = [TEXT[start : start + 60] for start in range(0, 1400, 100)]
 PACKED = {"prefill": "packed"}
 """Prompts attend to the pages: what an answer is must not depend on how a prompt was cut or cached."""
 WHOLE: dict[str, Any] = {"max_num_batched_tokens": 2048, "enable_prefix_caching": False}
+FEW: dict[str, Any] = {"max_model_len": 512, "num_gpu_blocks_override": 17}
+"""Of these blocks, the requests of SHORT need more than there are."""
+FEWER: dict[str, Any] = {"max_model_len": 352, "num_gpu_blocks_override": 12}
+"""The same where chunks keep requests from starting together."""
+NGRAMS: dict[str, Any] = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+PACKINGS: dict[str, dict[str, Any]] = {
+    "equal": {},
+    "uncompressed boundary": {"bits": 3, "boundary_layers": 1, "layers": {"1": {"k_bits": 3.5, "v_bits": 2}}},
+    "wider boundary": {"k_bits": 3, "v_bits": 2, "boundary_layers": 1, "boundary": {"k_bits": 4, "v_bits": "raw"}},
+    "a width a layer": {"layers": {str(layer): {"k_bits": bits} for layer, bits in enumerate((2, 2.5, 3.5, 4))}},
+    "raw prompts": {"bits": 3, "boundary_layers": 1, "prefill": "raw"},
+}
+"""Options that give layers pages of several sizes, beside those that do not."""
+
+
+def packings(*names: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Run a test with the fixture ``packing`` over :data:`PACKINGS` of ``names``, and of ``slow`` on request."""
+    on_request = [pytest.param(name, marks=pytest.mark.slow) for name in slow]
+    return pytest.mark.parametrize("packing", [*names, *on_request], indirect=True, scope="module")
+
+
+OVER_UNEQUAL_PAGES = packings("equal", "uncompressed boundary", "wider boundary", slow=("a width a layer",))
 
 
 def blocks(token_bytes: int, layers: int = LAYERS, *, others: int = 0) -> int:
@@ -31,6 +54,21 @@ def uncompressed(engines: Engines) -> Run:
 @pytest.fixture(scope="module")
 def plain(engines: Engines) -> Run:
     return engines([PROMPTS, SHORT], PACKED, **WHOLE)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Options, and what an engine with them answers to PROMPTS and to SHORT when nothing interferes."""
+
+    options: dict[str, Any]
+    plain: Run
+
+
+@pytest.fixture(scope="module")
+def packing(request: pytest.FixtureRequest, engines: Engines, plain: Run) -> Packing:
+    chosen = PACKINGS[request.param]
+    options = {**PACKED, **chosen}
+    return Packing(options, engines([PROMPTS, SHORT], options, **WHOLE) if chosen else plain)
 
 
 def test_without_the_backend_nothing_changes(uncompressed: Run) -> None:
@@ -79,10 +117,11 @@ def test_all_layers_uncompressed_is_vllm_itself(engines: Engines, uncompressed: 
     assert run.tokens() == uncompressed.tokens()
 
 
-def test_cached_prefixes_and_chunks_change_nothing(engines: Engines, plain: Run) -> None:
-    run = engines([PROMPTS, PROMPTS], PACKED, max_num_batched_tokens=64)
+@OVER_UNEQUAL_PAGES
+def test_cached_prefixes_and_chunks_change_nothing(engines: Engines, packing: Packing) -> None:
+    run = engines([PROMPTS, PROMPTS], packing.options, max_num_batched_tokens=64)
     assert all(output["cached"] > 60 for output in run.passes[1][:2])
-    assert run.tokens(0) == run.tokens(1) == plain.tokens()
+    assert run.tokens(0) == run.tokens(1) == packing.plain.tokens()
 
 
 def test_raw_prompts_stay_within_the_error_of_packing(engines: Engines, uncompressed: Run) -> None:
@@ -92,26 +131,43 @@ def test_raw_prompts_stay_within_the_error_of_packing(engines: Engines, uncompre
         assert disagreement(whole.passes[0], run) < 0.5
 
 
-def test_preempted_requests_resume_where_they_were(engines: Engines, plain: Run) -> None:
-    few = {**WHOLE, "max_model_len": 512, "num_gpu_blocks_override": 17}
-    run = engines([SHORT], PACKED, **few)
+@OVER_UNEQUAL_PAGES
+def test_preempted_requests_resume_where_they_were(engines: Engines, packing: Packing) -> None:
+    run = engines([SHORT], packing.options, **{**WHOLE, **FEW})
     assert run.preemptions
-    assert run.tokens() == plain.tokens(1)
+    assert run.tokens() == packing.plain.tokens(1)
 
 
 @pytest.mark.parametrize("drafts", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_speculation_changes_nothing(fresh_engines: Engines, plain: Run, drafts: int) -> None:
-    speculative = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    run = fresh_engines.unless_vllm_fails([PROMPTS], PACKED, speculative_config=speculative, **WHOLE)
+@packings("equal", "uncompressed boundary", slow=("wider boundary", "a width a layer", "raw prompts"))
+def test_speculation_changes_nothing(fresh_engines: Engines, packing: Packing, drafts: int) -> None:
+    speculative = {**NGRAMS, "num_speculative_tokens": drafts}
+    run = fresh_engines.unless_vllm_fails([PROMPTS], packing.options, speculative_config=speculative, **WHOLE)
     assert run.accepted
-    assert run.tokens() == plain.tokens()
+    assert run.tokens() == packing.plain.tokens()
 
 
-def test_a_batch_of_mixed_lengths_is_its_requests_one_by_one(engines: Engines) -> None:
+@pytest.mark.slow
+@OVER_UNEQUAL_PAGES
+def test_everything_at_once_changes_nothing(fresh_engines: Engines, packing: Packing) -> None:
+    """Drafts, of chunks and cached prefixes, of requests that are preempted."""
+    at_once = {**FEWER, "max_num_batched_tokens": 64, "speculative_config": {**NGRAMS, "num_speculative_tokens": 3}}
+    run = fresh_engines.unless_vllm_fails([SHORT, PROMPTS, PROMPTS], packing.options, **at_once)
+    assert run.accepted
+    assert run.preemptions
+    assert any(output["cached"] > 60 for output in run.passes[2])
+    assert run.tokens(0) == packing.plain.tokens(1)
+    assert run.tokens(1) == run.tokens(2) == packing.plain.tokens(0)
+
+
+@packings("equal", slow=("uncompressed boundary", "wider boundary", "a width a layer"))
+def test_a_batch_of_mixed_lengths_is_its_requests_one_by_one(engines: Engines, packing: Packing) -> None:
     prompts = [
         TEXT[start : start + length] for start, length in zip(range(0, 1200, 200), range(10, 850, 140), strict=True)
     ]
-    run = engines([prompts, *([prompt] for prompt in prompts)], PACKED, max_num_batched_tokens=128, max_tokens=8)
+    run = engines(
+        [prompts, *([prompt] for prompt in prompts)], packing.options, max_num_batched_tokens=128, max_tokens=8
+    )
     assert run.tokens(0) == [run.tokens(1 + index)[0] for index in range(len(prompts))]
 
 
