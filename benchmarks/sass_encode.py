@@ -40,7 +40,7 @@ def loop_lengths(code: list[tuple[int, str, str]]) -> list[int]:
 
 def measure(layout: VectorLayout, rule: ScaleRule, capability: int) -> dict[str, Any]:
     """One row of the table."""
-    columns = part_columns(layout)
+    columns = part_columns(layout, LARGE)
     constants = {
         "D": layout.head_dim, "BITS": bits_code(layout), "INT8": layout.form == "int8", "COLUMNS": columns,
         "BLOCK": LARGE.block, "RULE": rule, "HAS_CENTER": False, "SPLIT": False,

@@ -26,7 +26,16 @@ from turboquant_triton.kernels.encode import encode_kernel
 from turboquant_triton.kernels.gather import gather_kernel, gather_raw_kernel
 from turboquant_triton.kernels.scores import rotate_kernel, scores_kernel
 from turboquant_triton.kernels.store import store_kernel
-from turboquant_triton.launch import LARGE, SMALL, bits_code, decode_columns, part_columns, scores_config
+from turboquant_triton.launch import (
+    LARGE,
+    SMALL,
+    RowsConfig,
+    bits_code,
+    decode_columns,
+    fitted,
+    part_columns,
+    scores_config,
+)
 
 POINTERS = {
     "codes": "units", "units": "units", "key_units": "units", "value_units": "value_units", "out": "*fp32",
@@ -83,13 +92,12 @@ def resources(kernel: Any) -> dict[str, int]:
 
 def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Name, kernel, compile-time arguments and options of every class of launch."""
-    part = {"COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8"))}
+    four = VectorLayout(head_dim, 4, "int8")
     for name, launch in (("few", SMALL), ("many", LARGE)):
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         block = {"BLOCK": launch.block}
         for layout in vector_layouts(head_dim):
             bits, form = layout.bits, layout.form
-            part = {"COLUMNS": part_columns(layout)}
+            options, part = launched(launch, layout)
             shape = {"D": head_dim, "BITS": bits_code(layout), "INT8": form == "int8", **block}
             label = f"{bits}-bit {form}, {name} rows"
             yield f"encode {label}", encode_kernel, encode_constants({**shape, **part}), options
@@ -103,13 +111,21 @@ def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str,
             for rotated in (False, True):
                 pages = {**decoded, "ROTATED": rotated, **page_constants(head_dim, bits)}
                 yield f"gather {label}, rotated={rotated}", gather_kernel, pages, {"num_warps": 4}
-        yield f"store {name} rows", store_kernel, store_constants(head_dim, launch.block), options
+        options, part = launched(launch, four)
+        yield f"store {name} rows", store_kernel, store_constants(head_dim, launch), options
         raw = {"D": head_dim, "OFFSET": 1024, "CHUNK": 4096, "KV_HEADS": 8, "PAGE_SIZE": 16, **block}
         yield f"gather raw {name} rows", gather_raw_kernel, raw, {"num_warps": 4}
         yield f"rotate {name} rows", rotate_kernel, {"D": head_dim, "SPLIT": True, **part, **block}, options
     config = scores_config(4096, head_dim)
     shape = {"D": head_dim, "BITS": 4, "INT8": True, "BLOCK": config.block}
     yield "scores", scores_kernel, {**shape, "KEYS": config.keys, "TILES": config.tiles}, {"num_stages": 1}
+
+
+def launched(launch: RowsConfig, layout: VectorLayout) -> tuple[dict[str, int], dict[str, int]]:
+    """Options of a launch, and the positions that it rotates at a time."""
+    config = fitted(launch, layout)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options, {"COLUMNS": part_columns(layout, config)}
 
 
 def vector_layouts(head_dim: int) -> list[VectorLayout]:
@@ -132,20 +148,20 @@ def page_constants(head_dim: int, bits: float) -> dict[str, int]:
     return {**offsets, "CHUNK_BYTES": layout.chunk_bytes, "KV_HEADS": 8, "PAGE_SIZE": 16}
 
 
-def store_constants(head_dim: int, block: int) -> dict[str, Any]:
+def store_constants(head_dim: int, launch: RowsConfig) -> dict[str, Any]:
     """Compile-time arguments of store for 4-bit keys and values in their default forms."""
     layout = page_layout(4, 4, head_dim, kv_heads=8)
-    key = {"D": head_dim, "BITS": 4, "INT8": True, "COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8"))}
-    key = encode_constants(key)
+    part = launched(launch, VectorLayout(head_dim, 4, "int8"))[1]
+    key = encode_constants({"D": head_dim, "BITS": 4, "INT8": True, **part})
     value = {"VALUE_DIM": head_dim, "VALUE_BITS": 4, "VALUE_INT8": False, "VALUE_RULE": CACHE_RULE}
     value |= {
         "VALUE_SPLIT": False,
-        "VALUE_COLUMNS": part_columns(VectorLayout(head_dim, 4, "int8")),
+        "VALUE_COLUMNS": part["COLUMNS"],
         "RAW": False,
         "VALUE_OFFSET": layout.value_offset,
     }
     scales = {"KEY_SCALE_OFFSET": layout.key_scale_offset, "VALUE_SCALE_OFFSET": layout.value_scale_offset}
-    pages = {"CHUNK_BYTES": layout.chunk_bytes, "KV_HEADS": 8, "PAGE_SIZE": 16, "BLOCK": block}
+    pages = {"CHUNK_BYTES": layout.chunk_bytes, "KV_HEADS": 8, "PAGE_SIZE": 16, "BLOCK": launch.block}
     return {**key, **value, **scales, **pages}
 
 

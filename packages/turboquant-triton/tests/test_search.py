@@ -17,12 +17,12 @@ from torch import Tensor
 from turboquant_core import Codec, VectorLayout
 from turboquant_core.scale import MULTIPLIERS
 from turboquant_triton.kernels.search import (
-    LANES,
     TRIALS,
     add_part,
     best_trial,
     group_count,
     group_start,
+    lanes,
     load_groups,
     trial_sums,
 )
@@ -40,7 +40,7 @@ def sums_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     sums = ()
     for _ in tl.static_range(2 * (TRIALS + group_count(BITS))):
-        sums += (tl.zeros((ROWS, LANES), tl.float32),)
+        sums += (tl.zeros((ROWS, lanes(COLUMNS)), tl.float32),)
     groups = load_groups(boundaries, levels, BITS)
     magnitude = tl.load(x + row[:, None] * COLUMNS + column)
     trials = trial_sums(add_part(sums, magnitude, column < PRESENT, groups, PRESENT != COLUMNS, BITS), BITS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,9 @@ from .device import hadamard_fp16, hadamard_int8, indexed, multiprocessors
 from .support import LARGEST_HEAD_DIM, head_dim_multiple
 
 _SCORE_TILES = 8
+# A warp's share of a product.
+_WARP_ROWS = 16
+_WARP_COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class RowsConfig:
     num_stages: int
 
 
-SMALL = RowsConfig(block=16, num_warps=1, num_stages=2)
+# Four warps share its rows, a quarter of the coordinates each: few rows wait for the longest chain of instructions.
+SMALL = RowsConfig(block=16, num_warps=4, num_stages=1)
 # Asynchronous copies pass by the first-level cache, which holds the matrix for all programs of a multiprocessor.
 LARGE = RowsConfig(block=64, num_warps=4, num_stages=1)
 
@@ -35,9 +39,15 @@ def padded(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
-def rows_config(rows: int, device: torch.device) -> RowsConfig:
-    """Parameters for ``rows`` vectors on ``device``."""
-    return SMALL if device.type == "cpu" else launch_parameters(rows, multiprocessors(device))
+def rows_config(rows: int, device: torch.device, *layouts: VectorLayout | RawLayout) -> RowsConfig:
+    """Parameters for ``rows`` vectors of each of ``layouts`` on ``device``."""
+    return fitted(launch_parameters(rows, multiprocessors(device)), *layouts)
+
+
+def fitted(config: RowsConfig, *layouts: VectorLayout | RawLayout) -> RowsConfig:
+    """``config`` with no more warps than there is work for in a tile of each of ``layouts``."""
+    shares = max(min(positions(layout) for layout in layouts) // _WARP_COLUMNS, 1)
+    return replace(config, num_warps=min(config.num_warps, shares * max(config.block // _WARP_ROWS, 1)))
 
 
 def launch_parameters(rows: int, multiprocessor_count: int) -> RowsConfig:
@@ -47,7 +57,7 @@ def launch_parameters(rows: int, multiprocessor_count: int) -> RowsConfig:
 
 def decode_block(rows: int, head_dim: int, device: torch.device) -> int:
     """Rows of a tile of decode and gather, which hold the levels of all its positions at once."""
-    return rows_config(rows, device).block if padded(head_dim) <= 128 else SMALL.block
+    return launch_parameters(rows, multiprocessors(device)).block if padded(head_dim) <= 128 else SMALL.block
 
 
 def decode_columns(head_dim: int) -> int:
@@ -55,13 +65,20 @@ def decode_columns(head_dim: int) -> int:
     return min(padded(head_dim), 32)
 
 
-def part_columns(layout: VectorLayout | RawLayout) -> int:
-    """Positions of a tile that are rotated at a time: a quarter of them, between what fits and what a product takes.
+def positions(layout: VectorLayout | RawLayout) -> int:
+    """Positions of a tile that have codes of one width."""
+    return padded(layout.head_dim // (2 if isinstance(layout, VectorLayout) and layout.is_mixed else 1))
 
-    Of those that have codes of one width.
+
+def part_columns(layout: VectorLayout | RawLayout, config: RowsConfig) -> int:
+    """Positions of a tile that are rotated at a time: so many for each of the warps that share its rows.
+
+    A warp that has rows of its own takes a quarter of them, between what fits and what a product takes.
     """
-    positions = padded(layout.head_dim // (2 if isinstance(layout, VectorLayout) and layout.is_mixed else 1))
-    return min(max(positions // 4, min(positions // 2, 16)), 32)
+    sharing = config.num_warps * _WARP_ROWS // config.block
+    if sharing > 1:
+        return min(positions(layout), _WARP_COLUMNS * sharing)
+    return min(max(positions(layout) // 4, min(positions(layout) // 2, 16)), _WARP_COLUMNS)
 
 
 def bits_code(layout: VectorLayout) -> int:

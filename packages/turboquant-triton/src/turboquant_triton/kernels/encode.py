@@ -187,7 +187,7 @@ def encode(x: Tensor, codec: Codec) -> Packed:
     if scales.numel() == 0:
         return Packed(codes, scales)
     vectors = as_vectors(x)
-    config = rows_config(scales.numel(), x.device)
+    config = rows_config(scales.numel(), x.device, layout)
     encode_kernel[(-(-scales.numel() // config.block),)](
         vectors,
         codec.signs if codec.center is None else codec.center,
@@ -207,7 +207,7 @@ def encode(x: Tensor, codec: Codec) -> Packed:
         RULE=codec.scale_rule,
         HAS_CENTER=codec.center is not None,
         SPLIT=needs_split(vectors, codec),
-        COLUMNS=part_columns(layout),
+        COLUMNS=part_columns(layout, config),
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -45,9 +45,16 @@ def pack_part(words, index, negative, first_field, BITS: tl.constexpr, INT8: tl.
     else:
         code = tl.reshape(index ^ tl.where(negative, HALF - 1, HALF), (ROWS, FIELDS, UNITS))
         if BITS == 3:
-            part = tl.reduce(code << (4 * (field % 8)), 1, union)
+            part = code << (4 * (field % 8))
             front = first_field < 8
-            return words[0] | tl.where(front, part, 0), words[1] | tl.where(front, 0, part)
+            if FIELDS > 8:
+                front = field < 8
+            else:
+                part = tl.reduce(part, 1, union)
+            first, second = tl.where(front, part, 0), tl.where(front, 0, part)
+            if FIELDS > 8:
+                first, second = tl.reduce(first, 1, union), tl.reduce(second, 1, union)
+            return words[0] | first, words[1] | second
         elif BITS == 2:
             return words[0] | tl.reduce(code << (4 * (field % 8) + 2 * (field // 8)), 1, union), words[1]
         else:

@@ -147,7 +147,7 @@ def scores(query: Tensor, packed: Packed, codec: Codec, *, scaling: float) -> Te
 def _rotate(queries: Tensor, codec: Codec) -> Tensor:
     """``[batch, q_len, head_dim]`` to float32 ``[batch, q_len, positions]``."""
     batch, q_len, head_dim = queries.shape
-    config = rows_config(batch * q_len, queries.device)
+    config = rows_config(batch * q_len, queries.device, codec.layout)
     rotated = torch.empty((batch, q_len, padded(head_dim)), dtype=torch.float32, device=queries.device)
     rotate_kernel[(-(-batch * q_len // config.block),)](
         queries,
@@ -160,7 +160,7 @@ def _rotate(queries: Tensor, codec: Codec) -> Tensor:
         queries.stride(1),
         D=head_dim,
         SPLIT=queries.dtype == torch.float32,
-        COLUMNS=part_columns(codec.layout),
+        COLUMNS=part_columns(codec.layout, config),
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

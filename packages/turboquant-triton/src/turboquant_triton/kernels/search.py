@@ -25,8 +25,7 @@ MULTIPLIER_STEP = tl.constexpr(MULTIPLIERS[1] - MULTIPLIERS[0])
 TRIALS = tl.constexpr(len(MULTIPLIERS))
 # Times this, a float that is not on a boundary is further from it than 1.
 SHARP = tl.constexpr(2.0**40)
-# Columns of a product that lie in one thread: two of every eight.
-LANES = tl.constexpr(4)
+LEAST_LANES = 4
 
 
 @triton.constexpr_function
@@ -42,9 +41,15 @@ def group_start(group, bits):
 
 
 @triton.constexpr_function
+def lanes(columns):
+    """Columns of a piece: two of every eight columns of a product lie in one thread, 32 of them in one warp."""
+    return max(columns // 8, LEAST_LANES)
+
+
+@triton.constexpr_function
 def halvings(columns):
-    """How often columns halve until there are :data:`LANES`."""
-    return (columns // LANES.value).bit_length() - 1
+    """How often columns halve until there are :func:`lanes`."""
+    return (columns // lanes(columns)).bit_length() - 1
 
 
 @triton.jit
@@ -87,7 +92,7 @@ def steps_of(magnitude, steps, BITS: tl.constexpr):
 
 @triton.jit
 def pieces_of(x):
-    """``[rows, columns]`` in pieces ``[rows, LANES]``, one for each column of a product that a thread holds.
+    """``[rows, columns]`` in pieces ``[rows, lanes]``, one for each column of a product that a thread holds.
 
     Sums of products are then chains of fused multiply-adds, and shuffles wait until the end.
     """
@@ -136,7 +141,7 @@ def add_part(sums, magnitude, present, groups, MASKED: tl.constexpr, BITS: tl.co
     pieces = ()
     for group in tl.static_range(group_count(BITS)):
         pieces += (group_pieces(magnitude, present, groups[group], MASKED, BITS),)
-    for index in tl.static_range(magnitude.shape[1] // LANES):
+    for index in tl.static_range(magnitude.shape[1] // lanes(magnitude.shape[1])):
         added = ()
         for group in tl.static_range(group_count(BITS)):
             boundary, half, level = pieces[group]
@@ -158,8 +163,23 @@ def trial_sums(sums, BITS: tl.constexpr):
         for trial in tl.static_range(group_start(group, BITS), group_start(group + 1, BITS)):
             inner = shared_inner + 2 * sums[2 * (trial + group) + 2]
             power = shared_power - 4 / SHARP * sums[2 * (trial + group) + 3]
-            trials += (tl.sum(inner, 1), tl.sum(power, 1))
-    return trials
+            trials += (inner, power)
+    return sums_of(trials)
+
+
+@triton.jit
+def sums_of(values):
+    """Sums ``[rows]`` of each of ``[rows, lanes]``, four at a time: warps that share rows wait once for each four."""
+    totals = ()
+    FOURS: tl.constexpr = len(values) // 4
+    for four in tl.static_range(FOURS):
+        first = tl.join(values[4 * four], values[4 * four + 1])
+        second = tl.join(values[4 * four + 2], values[4 * four + 3])
+        left, right = tl.split(tl.sum(tl.join(first, second), 1))
+        totals += tl.split(left) + tl.split(right)
+    if len(values) % 4 == 2:
+        totals += tl.split(tl.sum(tl.join(values[4 * FOURS], values[4 * FOURS + 1]), 1))
+    return totals
 
 
 @triton.jit
@@ -187,7 +207,7 @@ def search_sums(
     present = (tl.arange(0, COLUMNS) % (POSITIONS // FIELDS) < SIZE // FIELDS)[None, :]
     sums = ()
     for _ in tl.static_range(2 * (TRIALS + group_count(BITS))):
-        sums += (tl.zeros((ROWS, LANES), tl.float32),)
+        sums += (tl.zeros((ROWS, lanes(COLUMNS)), tl.float32),)
     for first in range(0, POSITIONS, COLUMNS):
         rotated = rotate_part(halves, matrix, position + first, D, SPLIT, COLUMNS) * normalize[:, None]
         sums = add_part(sums, tl.abs(rotated), present, groups, POSITIONS != SIZE, BITS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from turboquant_core import CacheCodec, Codec, RawLayout, VectorLayout
 
 from ..input_checks import check_store
-from ..launch import adjacent, bits_code, part_columns, rotation_operand, rows_config, unit_dtype
+from ..launch import RowsConfig, adjacent, bits_code, part_columns, rotation_operand, rows_config, unit_dtype
 from .encode import encode_rows, needs_split
 from .pack import store_units
 from .widths import row_bytes, unit_bytes
@@ -179,7 +179,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
     if rows == 0:
         return
     key, value = adjacent(key), adjacent(value)
-    config = rows_config(rows, key.device)
+    config = rows_config(rows, key.device, codec.layout.key, codec.layout.value)
     store_kernel[(2 * -(-rows // config.block),)](
         key,
         value,
@@ -196,8 +196,8 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor, codec
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        **_key_constants(key, codec.key),
-        **_value_constants(value, codec),
+        **_key_constants(key, codec.key, config),
+        **_value_constants(value, codec, config),
         VALUE_OFFSET=codec.layout.value_offset,
         KEY_SCALE_OFFSET=codec.layout.key_scale_offset,
         VALUE_SCALE_OFFSET=codec.layout.value_scale_offset,
@@ -215,7 +215,7 @@ def _operands(codec: Codec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codec.signs, matrix, codec.boundaries, codec.levels
 
 
-def _key_constants(key: Tensor, codec: Codec) -> dict[str, int | str | bool]:
+def _key_constants(key: Tensor, codec: Codec, config: RowsConfig) -> dict[str, int | str | bool]:
     return {
         "D": codec.layout.head_dim,
         "BITS": bits_code(codec.layout),
@@ -223,11 +223,11 @@ def _key_constants(key: Tensor, codec: Codec) -> dict[str, int | str | bool]:
         "RULE": codec.scale_rule,
         "HAS_CENTER": codec.center is not None,
         "SPLIT": needs_split(key, codec),
-        "COLUMNS": part_columns(codec.layout),
+        "COLUMNS": part_columns(codec.layout, config),
     }
 
 
-def _value_constants(value: Tensor, codec: CacheCodec) -> dict[str, int | str | bool]:
+def _value_constants(value: Tensor, codec: CacheCodec, config: RowsConfig) -> dict[str, int | str | bool]:
     layout = codec.layout.value
     return {
         "VALUE_DIM": layout.head_dim,
@@ -235,6 +235,6 @@ def _value_constants(value: Tensor, codec: CacheCodec) -> dict[str, int | str | 
         "VALUE_INT8": isinstance(layout, VectorLayout) and layout.form == "int8",
         "VALUE_RULE": "" if codec.value is None else codec.value.scale_rule,
         "VALUE_SPLIT": codec.value is not None and needs_split(value, codec.value),
-        "VALUE_COLUMNS": part_columns(layout),
+        "VALUE_COLUMNS": part_columns(layout, config),
         "RAW": codec.value is None,
     }

@@ -9,8 +9,9 @@ from torch import Tensor
 from turboquant_core import PageLayout
 from turboquant_core.exact import exact_views
 
+from ..device import multiprocessors
 from ..exact_checks import check_store_exact
-from ..launch import adjacent, rows_config
+from ..launch import adjacent, launch_parameters
 from .store import load_slots
 
 
@@ -99,7 +100,7 @@ def store_exact(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor,
         return
     key_rows, value_rows = exact_views(pages, layout, key.dtype)
     key, value = adjacent(key), adjacent(value)
-    config = rows_config(rows, key.device)
+    config = launch_parameters(rows, multiprocessors(key.device))
     store_exact_kernel[(2 * -(-rows // config.block),)](
         key,
         value,
