@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CpmAntConfig
+from transformers import CpmAntConfig, CpmAntForCausalLM
 from transformers.generation import GenerationMixin
 
 from turboquant_hf import TurboQuantCache, patch_model, unpatch_model
@@ -114,6 +114,8 @@ class TestAModelThatAddsTokens:
 
     @pytest.fixture
     def cpmant(self) -> Any:
+        if "prepare_inputs_for_generation" not in vars(CpmAntForCausalLM):
+            pytest.skip("this release of Transformers hands CPM-Ant single tokens, with which it fails over any cache")
         sizes = {"hidden_size": 64, "num_attention_heads": 2, "dim_head": 32, "dim_ff": 64, "num_hidden_layers": 2}
         config = CpmAntConfig(vocab_size=VOCABULARY, prompt_length=6, segment_types=4, **sizes)
         config.eos_token_id = None
