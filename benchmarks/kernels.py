@@ -236,7 +236,7 @@ def store(
 def sweep_class(
     provider: KernelProvider, name: str, page_size: int, share: tuple[int, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Launch parameters of ``bits/head_dim/group``, or of ``store/bits/head_dim``, over a prefill.
+    """Launch parameters of ``bits/head_dim/group[/batch/context]``, or of ``store/bits/head_dim[/tokens]``.
 
     With a ``share`` (number, of how many), only that one is run, once and without timing, so that it is compiled.
     """
@@ -245,11 +245,11 @@ def sweep_class(
     from turboquant_triton.support import single_warps_supported
 
     if name.startswith("store/"):
-        bits, head_dim = (int(part) for part in name.split("/")[1:])
-        layout = page_layout(Shape(1, PREFILL_TOKENS, head_dim=head_dim), bits, page_size)
-        return sweep_store(store_step(provider, PREFILL_TOKENS, layout)[0], share)
-    bits, head_dim, group = (int(part) for part in name.split("/"))
-    shape = Shape(8, 32768, group, head_dim)
+        bits, head_dim, tokens = (*(int(part) for part in name.split("/")[1:]), PREFILL_TOKENS)[:3]
+        layout = page_layout(Shape(1, tokens, head_dim=head_dim), bits, page_size)
+        return sweep_store(store_step(provider, tokens, layout)[0], share)
+    bits, head_dim, group, batch, context = (*(int(part) for part in name.split("/")), 8, 32768)[:5]
+    shape = Shape(batch, context, group, head_dim)
     single_warps = single_warps_supported(page_layout(shape, bits, page_size), max(8, group))
     return sweep_attend(packed_step(provider, shape, bits, page_size, allocate=True), single_warps, share)
 
@@ -323,7 +323,8 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, default=1, help="of --sweep: compile in so many beside one another")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
-    help_text = f"try launch parameters of classes bits/head_dim/group or store/bits/head_dim; {' '.join(SWEPT)}"
+    classes = "classes bits/head_dim/group[/batch/context] or store/bits/head_dim[/tokens]"
+    help_text = f"try launch parameters of {classes}; {' '.join(SWEPT)}"
     parser.add_argument("--sweep", nargs="*", metavar="CLASS", help=help_text)
     arguments = parser.parse_args()
     name = "kernels.json" if arguments.sweep is None else "kernels_sweep.json"
