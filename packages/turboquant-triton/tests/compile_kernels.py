@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,6 +33,7 @@ from turboquant_triton.launch import (
     SMALL,
     RowsConfig,
     bits_code,
+    decode_block,
     decode_columns,
     fitted,
     part_columns,
@@ -101,15 +104,11 @@ def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str,
             shape = {"D": head_dim, "BITS": bits_code(layout), "INT8": form == "int8", **block}
             label = f"{bits}-bit {form}, {name} rows"
             yield f"encode {label}", encode_kernel, encode_constants({**shape, **part}), options
-            decoded = {
-                **shape,
-                "WIDTH": decode_columns(head_dim),
-                "BLOCK": launch.block if head_dim <= 128 else SMALL.block,
-                "HAS_CENTER": True,
-            }
+            decoded = {**shape, **decode_constants(launch, head_dim, False)}
             yield f"decode {label}", decode_kernel, decoded, {"num_warps": 4}
             for rotated in (False, True):
-                pages = {**decoded, "ROTATED": rotated, **page_constants(head_dim, bits)}
+                gathered = {**shape, **decode_constants(launch, head_dim, rotated)}
+                pages = {**gathered, "ROTATED": rotated, **page_constants(head_dim, bits)}
                 yield f"gather {label}, rotated={rotated}", gather_kernel, pages, {"num_warps": 4}
         options, part = launched(launch, four)
         yield f"store {name} rows", store_kernel, store_constants(head_dim, launch), options
@@ -126,6 +125,13 @@ def launched(launch: RowsConfig, layout: VectorLayout) -> tuple[dict[str, int], 
     config = fitted(launch, layout)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return options, {"COLUMNS": part_columns(layout, config)}
+
+
+def decode_constants(launch: RowsConfig, head_dim: int, rotated: bool) -> dict[str, Any]:
+    """Compile-time arguments of decode and gather for as many rows as ``launch`` is for."""
+    with mock.patch("turboquant_triton.launch.multiprocessors", return_value=1):
+        block = decode_block(launch.block, head_dim, torch.device("cuda"), rotated)
+    return {"WIDTH": decode_columns(head_dim, block), "BLOCK": block, "HAS_CENTER": True}
 
 
 def vector_layouts(head_dim: int) -> list[VectorLayout]:

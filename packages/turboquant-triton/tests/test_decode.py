@@ -11,7 +11,9 @@ from turboquant_core import Codec, Packed, VectorLayout
 from turboquant_core.reference import ReferenceProvider
 from turboquant_core.testing.cases import random_vectors
 from turboquant_core.testing.oracle import decode_oracle, relative_error
+from turboquant_triton.device import multiprocessors
 from turboquant_triton.kernels.decode import decode
+from turboquant_triton.launch import LARGE
 
 
 def packed_vectors(codec: Codec, lead: tuple[int, ...], device: torch.device) -> Packed:
@@ -27,6 +29,13 @@ def packed_vectors(codec: Codec, lead: tuple[int, ...], device: torch.device) ->
 def test_equals_float64(head_dim: int, bits: float, form: Any, device: torch.device) -> None:
     codec = Codec.create(VectorLayout(head_dim, bits, form), device=device)
     packed = packed_vectors(codec, (2, 9), device)
+    assert relative_error(decode(packed, codec), decode_oracle(packed, codec)) <= 1e-6
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, 4), (128, 3), (160, 2), (256, 3), (256, 4), (256, 2.5)])
+def test_many_rows(head_dim: int, bits: float, device: torch.device) -> None:
+    codec = Codec.create(VectorLayout(head_dim, bits, "int8"), center=torch.randn(3, head_dim), device=device)
+    packed = packed_vectors(codec, (LARGE.block * multiprocessors(device) // 3 + 1, 3), device)
     assert relative_error(decode(packed, codec), decode_oracle(packed, codec)) <= 1e-6
 
 

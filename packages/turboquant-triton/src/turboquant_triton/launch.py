@@ -55,14 +55,20 @@ def launch_parameters(rows: int, multiprocessor_count: int) -> RowsConfig:
     return LARGE if rows >= LARGE.block * multiprocessor_count else SMALL
 
 
-def decode_block(rows: int, head_dim: int, device: torch.device) -> int:
-    """Rows of a tile of decode and gather, which hold the levels of all its positions at once."""
-    return launch_parameters(rows, multiprocessors(device)).block if padded(head_dim) <= 128 else SMALL.block
+def decode_block(rows: int, head_dim: int, device: torch.device, rotated: bool = False) -> int:
+    """Rows of a tile of decode and gather, which hold the levels of all its positions at once.
+
+    A small tile reads the whole matrix of the inverse rotation for few rows. Levels that stay ``rotated`` need none,
+    and more registers to be put in order.
+    """
+    if rotated and padded(head_dim) > 128:
+        return SMALL.block
+    return launch_parameters(rows, multiprocessors(device)).block
 
 
-def decode_columns(head_dim: int) -> int:
-    """Coordinates that one product of the inverse rotation gives."""
-    return min(padded(head_dim), 32)
+def decode_columns(head_dim: int, block: int) -> int:
+    """Coordinates that one product of the inverse rotation gives: fewer where the levels leave few registers."""
+    return min(padded(head_dim), 16 if padded(head_dim) * block > 128 * LARGE.block else 32)
 
 
 def positions(layout: VectorLayout | RawLayout) -> int:

@@ -69,7 +69,7 @@ def decode(packed: Packed, codec: Codec, dtype: torch.dtype = torch.float32) -> 
         BITS=bits_code(layout),
         INT8=layout.form == "int8",
         HAS_CENTER=codec.center is not None,
-        WIDTH=decode_columns(layout.head_dim),
+        WIDTH=decode_columns(layout.head_dim, block),
         BLOCK=block,
         num_warps=4,
     )

@@ -163,7 +163,7 @@ def _gather_packed(
 ) -> None:
     vector = codec.layout
     rows = out.numel() // vector.head_dim
-    block = decode_block(rows, vector.head_dim, pages.device)
+    block = decode_block(rows, vector.head_dim, pages.device, rotated)
     gather_kernel[(-(-rows // block),)](
         pages.view(unit_dtype(vector)),
         pages.view(torch.float16),
@@ -183,7 +183,7 @@ def _gather_packed(
         INT8=vector.form == "int8",
         HAS_CENTER=codec.center is not None,
         ROTATED=rotated,
-        WIDTH=decode_columns(vector.head_dim),
+        WIDTH=decode_columns(vector.head_dim, block),
         CODE_OFFSET=code_offset,
         SCALE_OFFSET=scale_offset,
         CHUNK_BYTES=layout.chunk_bytes,
@@ -196,7 +196,7 @@ def _gather_packed(
 
 def _gather_raw(pages: Tensor, block_table: Tensor, layout: PageLayout, out: Tensor, start: int) -> None:
     rows = out.numel() // out.shape[-1]
-    block = decode_block(rows, out.shape[-1], pages.device)
+    block = decode_block(rows, out.shape[-1], pages.device, rotated=True)
     gather_raw_kernel[(-(-rows // block),)](
         pages.view(out.dtype),
         block_table,
