@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CpmAntConfig, CpmAntForCausalLM
-from transformers.generation import GenerationMixin
+from transformers import BartConfig, BartForConditionalGeneration, CpmAntConfig, CpmAntForCausalLM, EncoderDecoderCache
+from transformers.generation import GenerationConfig, GenerationMixin
 
-from turboquant_hf import TurboQuantCache, patch_model, unpatch_model
-from turboquant_hf.compat import CACHE_ARGUMENT
+from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, patch_model, unpatch_model
+from turboquant_hf.compat import CACHE_ARGUMENT, DynamicCache
 from turboquant_hf.held_text import HeldText
+from turboquant_hf.prompts import is_watched, prompts_watched
 from turboquant_hf.verify import decoded_twin
 
-from .conftest import VOCABULARY, build
+from .conftest import CONFIGS, VOCABULARY, build
 
 
 def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
@@ -88,6 +89,21 @@ def test_a_second_turn_in_other_modes(llama: Any, prompt: torch.Tensor, more: to
         cache.batch_select_indices(torch.tensor([0]))
         first = cache.text._ids
     assert generate(llama, torch.cat((first, more, more), 1), cache).shape[1] > first.shape[1]
+
+
+@pytest.mark.parametrize("where", ["call", "config", "assistant"])
+def test_assisted_decoding_does_not_go_on(llama: Any, prompt: torch.Tensor, more: torch.Tensor, where: str) -> None:
+    """Transformers puts the whole prompt behind what is cached there."""
+    cache = TurboQuantCache(llama.config)
+    second = torch.cat((generate(llama, prompt, cache), more), 1)
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if where == "config":
+        options = {"generation_config": GenerationConfig(**options)}
+    elif where == "assistant":
+        options = {"assistant_model": build(*CONFIGS["llama"])}
+    with pytest.raises(ValueError, match="the cache holds 24 tokens, and assisted decoding puts the whole prompt"):
+        generate(llama, second, cache, **options)
+    assert cache.get_seq_length() == 24
 
 
 def test_embeddings(llama: Any, prompt: torch.Tensor) -> None:
@@ -170,3 +186,81 @@ def test_tokens_after_a_crop_are_not_taken_for_added_ones() -> None:
     text.crop(5)
     text.measure(9)
     assert text.added == 0
+
+
+class TestAModelThatWasNotPatched:
+    """``generate`` checks there too, and leaves the model as it was."""
+
+    @pytest.fixture(params=["llama", "gpt2", "falcon"])
+    def untouched(self, request: pytest.FixtureRequest) -> Any:
+        name = request.param
+        return request.getfixturevalue(name) if name == "falcon" else build(*CONFIGS[name])
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("length", [60, 24, 5])
+    def test_another_prompt(self, untouched: Any, prompt: torch.Tensor, length: int, batch: int) -> None:
+        cache = TurboQuantCache(untouched.config)
+        generate(untouched, prompt, cache)
+        other = torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(8))
+        with pytest.raises(ValueError, match=r"(start|belongs to another prompt; start) a new cache.*reset\(\)"):
+            generate(untouched, other, cache)
+        assert not {"prepare_inputs_for_generation", "generate"} & set(vars(untouched))
+        assert not untouched._forward_pre_hooks
+        cache.reset()
+        expected = generate(untouched, other, TurboQuantCache(untouched.config))
+        assert torch.equal(generate(untouched, other, cache), expected)
+
+    def test_a_second_turn(self, untouched: Any, prompt: torch.Tensor, more: torch.Tensor) -> None:
+        cache = TurboQuantCache(untouched.config)
+        second = torch.cat((generate(untouched, prompt, cache), more), 1)
+        twin = copy.deepcopy(cache)
+        patch_model(untouched, verify=False)
+        expected = generate(untouched, second, twin)
+        unpatch_model(untouched)
+        assert torch.equal(generate(untouched, second, cache), expected)
+
+    def test_a_static_cache(self, llama: Any, prompt: torch.Tensor) -> None:
+        cache = TurboQuantStaticCache(llama.config, 40)
+        generate(llama, prompt, cache)
+        with pytest.raises(ValueError, match="does not begin with the 24 tokens"):
+            generate(llama, prompt.flip(1).repeat(1, 2)[:, :30], cache)
+        cache.reset()
+        with pytest.raises(ValueError, match="do not fit into a static cache with max_cache_len = 40"):
+            generate(llama, prompt.repeat(1, 2), cache)
+
+    def test_sinks_begin_behind_the_padding(self, llama: Any, prompt: torch.Tensor) -> None:
+        """``generate`` has the mask, so that nobody needs to call ``note_padding`` there."""
+        mask = torch.ones_like(prompt)
+        mask[:, :5] = 0
+        cache = TurboQuantCache(llama.config, sink_tokens=2)
+        generate(llama, prompt, cache, attention_mask=mask)
+        assert cache.layers[0].packed_sequences.sinks.starts.tolist() == [5]
+
+    def test_blocks_of_several_threads(self, llama: Any) -> None:
+        with prompts_watched(llama):
+            with prompts_watched(llama):
+                pass
+            assert is_watched(llama)
+        assert not is_watched(llama)
+
+    def test_other_caches_are_left_alone(self, llama: Any, prompt: torch.Tensor) -> None:
+        TurboQuantCache(llama.config)
+        stock = DynamicCache(config=llama.config)
+        assert torch.equal(generate(llama, prompt, stock), generate(llama, prompt, None))
+
+
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_the_decoder_of_an_encoder_decoder(prompt: torch.Tensor, is_patched: bool) -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=64, encoder_ffn_dim=64, decoder_ffn_dim=64, forced_eos_token_id=None, **sizes
+    )
+    config.eos_token_id = None
+    torch.manual_seed(0)
+    bart = BartForConditionalGeneration(config).eval()
+    if is_patched:
+        patch_model(bart, verify=False)
+    cache = EncoderDecoderCache(TurboQuantCache(config), DynamicCache())
+    generate(bart, prompt, cache)
+    with pytest.raises(ValueError, match=r"prompt of 1 tokens goes behind the \d that the cache holds"):
+        generate(bart, prompt.flip(1), cache)

@@ -24,7 +24,8 @@ class TurboQuantCache(PackedCache, DynamicCache):
     stay as Transformers makes them, and :meth:`summary` says so. Works on an untouched model (its
     ``scaled_dot_product_attention`` is intercepted) and on a patched one (:func:`turboquant_hf.patch_model`).
 
-    A cache belongs to one conversation: start an unrelated prompt with a new cache or after :meth:`reset`.
+    A cache belongs to one conversation: start an unrelated prompt with a new cache or after :meth:`reset`;
+    ``generate`` refuses it on a used one.
 
     Args:
         config: of the model.
@@ -42,7 +43,8 @@ class TurboQuantCache(PackedCache, DynamicCache):
             place of the prompt's mean, fixed ones may be given: a tensor ``[kv_heads, head_dim]`` for each layer, as a
             mapping (layers that it lacks are not centred), a sequence or a stacked tensor.
         sink_tokens: first visible tokens of each sequence that stay in full precision. The mask shows where a
-            left-padded sequence begins: a patched model tells the cache, otherwise call :meth:`note_padding`.
+            left-padded sequence begins: ``generate`` and a patched model tell the cache, otherwise call
+            :meth:`note_padding`.
         recent_tokens: last tokens that stay in full precision; a token is packed once, when it leaves this window.
             None for 16.
         start_after: pack nothing before the context has more tokens than this; until then layers are as

@@ -13,6 +13,7 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.generation.utils import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASK_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
@@ -30,6 +31,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "GenerationMixin",
     "PreTrainedModel",
     "StaticCache",
     "StaticLayer",

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from .automatic_center import may_center
 from .compat import Cache
+from .generation import watch_generate
 from .held_text import HeldText
 from .memory import CacheMemory
 from .options import CacheOptions
@@ -31,6 +32,8 @@ class PackedCache(Cache):
     """
 
     layers: list[Any]
+    room: int | None = None
+    """Tokens that a sequence may have; None where the cache grows."""
     _stock: ClassVar[str]
 
     def _pack_layers(self, config: PreTrainedConfig, options: CacheOptions) -> None:
@@ -53,13 +56,27 @@ class PackedCache(Cache):
                 f"{type(config).__name__} has no layer to pack (its layers: {', '.join(kinds)}): use {self._stock} "
                 "for this model, or compress_sliding=True where its layers have sliding windows"
             )
+        watch_generate()
 
     def _packed(self, index: int, layer: Any) -> Any:
         """The packed layer for ``layer``, or ``layer``."""
         raise NotImplementedError
 
+    @property
+    def has_past(self) -> bool:
+        """Whether tokens are held."""
+        return int(self.get_seq_length()) > 0
+
+    def check_room(self, tokens: int) -> None:
+        """Raise ``ValueError`` when sequences of ``tokens`` tokens do not fit."""
+        if self.room is not None and tokens > self.room:
+            raise ValueError(
+                f"{tokens} tokens do not fit into a static cache with max_cache_len = {self.room}: make it with more "
+                "room, or generate fewer tokens"
+            )
+
     def note_padding(self, attention_mask: Tensor) -> None:
-        """Say where left-padded sequences begin, before a forward; a patched model does it.
+        """Say where left-padded sequences begin, before a forward; ``generate`` and a patched model do it.
 
         Args:
             attention_mask: ``[batch, tokens]``, nonzero where visible, cached tokens included.

@@ -47,6 +47,7 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     """
 
     _stock = "StaticCache"
+    room: int
 
     def __init__(
         self,
@@ -86,11 +87,3 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     def has_past(self) -> bool:
         """Whether an update came since the cache was made or reset."""
         return any(getattr(layer, "has_past", False) for layer in self.layers)
-
-    def check_room(self, tokens: int) -> None:
-        """Raise ``ValueError`` when sequences of ``tokens`` tokens do not fit."""
-        if tokens > self.room:
-            raise ValueError(
-                f"{tokens} tokens do not fit into a static cache with max_cache_len = {self.room}: make it with more "
-                "room, or generate fewer tokens"
-            )
