@@ -8,20 +8,29 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from .compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from .compat import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 from .layer import TurboQuantLayer
 from .options import Bits, CacheOptions, CenterKeys, CompressV, windows_of
 from .packed_cache import PackedCache
 from .shaping import Shaping
 from .sliding_layer import TurboQuantSlidingLayer
+from .special_layer import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer, TurboQuantIndexedLayer, linear_state
 from .storage import load_layers, save_layers
 
 
 class TurboQuantCache(PackedCache, DynamicCache):
     """Drop-in for ``DynamicCache``: pass it as ``cache`` (``past_key_values`` before Transformers 5.24).
 
-    Full-attention layers are packed, and sliding-window layers on demand; linear-attention and other special layers
-    stay as Transformers makes them, and :meth:`summary` says so. Works on an untouched model (its
+    Full-attention layers are packed, and sliding-window layers on demand; a Mamba state or the keys of an indexer that
+    a layer has besides stay as they are. Linear-attention and other special layers stay as Transformers makes them, and
+    :meth:`summary` says so. Works on an untouched model (its
     ``scaled_dot_product_attention`` is intercepted) and on a patched one (:func:`turboquant_hf.patch_model`).
 
     A cache belongs to one conversation: start an unrelated prompt with a new cache or after :meth:`reset`;
@@ -87,11 +96,18 @@ class TurboQuantCache(PackedCache, DynamicCache):
         self._pack_layers(config, options)
 
     def _packed(self, index: int, layer: Any) -> Any:
-        # Exactly these types: subclasses keep more than keys and values.
-        if type(layer) is DynamicLayer:
-            return TurboQuantLayer(index, len(self.layers), self.options, self.padding)
-        if self.options.compress_sliding and type(layer) is DynamicSlidingWindowLayer:
-            return TurboQuantSlidingLayer(index, len(self.layers), self.options, self.padding, layer.sliding_window)
+        kind, place = type(layer), (index, len(self.layers), self.options, self.padding)
+        # Exactly these types: others keep what no class here knows of.
+        if kind is DynamicLayer:
+            return TurboQuantLayer(*place)
+        if kind is DynamicIndexedLayer:
+            return TurboQuantIndexedLayer(layer, *place)
+        if kind is LinearAttentionAndFullAttentionLayer:
+            return TurboQuantHybridLayer(linear_state(layer), *place)
+        if self.options.compress_sliding and kind is DynamicSlidingWindowLayer:
+            return TurboQuantSlidingLayer(*place, layer.sliding_window)
+        if self.options.compress_sliding and kind is LinearAttentionAndSlidingWindowAttentionLayer:
+            return TurboQuantHybridSlidingLayer(linear_state(layer), *place, layer.sliding_window)
         return layer
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from inspect import signature
+from typing import Any
 
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -23,15 +28,26 @@ from transformers.modeling_utils import PreTrainedModel
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 """Keyword by which ``generate`` and ``forward`` take a cache: ``cache`` since Transformers 5.24."""
 
+# Layers that Transformers 5.5 does not have; None is the type of no layer.
+DynamicIndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
+LinearAttentionAndSlidingWindowAttentionLayer: Any = getattr(
+    cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None
+)
+
 __all__ = [
     "ATTENTION_FUNCTIONS",
     "CACHE_ARGUMENT",
     "MASK_FUNCTIONS",
     "Cache",
     "DynamicCache",
+    "DynamicIndexedLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "GenerationMixin",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
     "PreTrainedModel",
     "StaticCache",
     "StaticLayer",

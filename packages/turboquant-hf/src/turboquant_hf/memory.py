@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,14 +41,16 @@ class CacheMemory(MemoryFigures):
 
 
 def dense_memory(layer: Any) -> MemoryFigures:
-    """Bytes of a layer that Transformers keeps: its keys and values, compared with themselves."""
+    """Bytes of a layer that Transformers keeps, whatever is in it, compared with themselves."""
     size = sum(tensor.nbytes for tensor in _kept(layer))
     return MemoryFigures(size, size, size)
 
 
 def _kept(layer: Any) -> list[Tensor]:
-    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
-    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    """Tensors of a layer or in a mapping of it, without counters."""
+    values = vars(layer).values()
+    held = chain.from_iterable(value.values() if isinstance(value, dict) else (value,) for value in values)
+    return [tensor for tensor in held if isinstance(tensor, Tensor) and tensor.is_floating_point()]
 
 
 def _itemsize(layer: Any) -> int:

@@ -20,6 +20,7 @@ from turboquant_core import LAYOUT_VERSION, TurboQuantError
 from .layer import TurboQuantLayer
 from .packed_layer import LayerShape
 from .sliding_layer import TurboQuantSlidingLayer
+from .special_layer import StateBeside
 
 FORMAT = "turboquant-cache"
 FORMAT_VERSION = 1
@@ -75,12 +76,12 @@ def _packed_layers(layers: list[Any]) -> list[TurboQuantLayer]:
     other = [
         f"{index} ({type(layer).__name__})"
         for index, layer in enumerate(layers)
-        if not isinstance(layer, TurboQuantLayer)
+        if not isinstance(layer, TurboQuantLayer) or isinstance(layer, StateBeside)
     ]
     if other:
         raise CacheFileError(
-            f"layers {', '.join(other)} are not packed, and only packed layers are saved; sliding-window layers are "
-            "packed with compress_sliding=True"
+            f"layers {', '.join(other)} are not packed as a whole, and only packed keys and values are saved; sliding-"
+            "window layers are packed with compress_sliding=True"
         )
     return layers
 

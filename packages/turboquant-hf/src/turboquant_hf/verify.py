@@ -16,12 +16,11 @@ from torch import Tensor
 from turboquant_core import TurboQuantError
 
 from .cache import TurboQuantCache
-from .compat import CACHE_ARGUMENT, Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedModel
+from .compat import CACHE_ARGUMENT, Cache, DynamicCache, PreTrainedModel
 from .layer import TurboQuantLayer
 from .packed_layer import PackedLayer
 from .quality import LayerQuality, probe_layers
 from .round_trip import round_trip
-from .sliding_layer import TurboQuantSlidingLayer
 from .static_cache import TurboQuantStaticCache
 
 PROMPT_TOKENS = 24
@@ -39,19 +38,25 @@ queries, which is part of the figure.
 
 class DecodedUpdate:
     """Update of a stock layer that keeps each vector exact and as packing makes it, side by side, and gives the one
-    that the packed layer would have."""
+    that the packed layer would have.
 
-    packed: TurboQuantLayer
-    border: int
+    Args:
+        packed: an empty packed layer.
+        stock: the layer of Transformers in its place.
+    """
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def __init__(self, packed: TurboQuantLayer, stock: Any) -> None:
+        self.packed, self.stock, self.border = packed, stock, 0
+        self._stock_update = stock.update
+
+    def __call__(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the packed layer: raw at first, then everything that was stored."""
-        old: int = self.get_seq_length()  # type: ignore[attr-defined]
+        old: int = self.stock.get_seq_length()
         if not self.packed.is_initialized:
             self.packed.lazy_initialization(key_states, value_states)
         decoded = self._round_trip(key_states, value_states)
         both = (torch.cat(pair, -1) for pair in zip((key_states, value_states), decoded, strict=True))
-        keys, values = super().update(*both)  # type: ignore[misc]
+        keys, values = self._stock_update(*both)
         length = old + key_states.shape[2]
         self.border = max(min(self.border, old), length - self.packed.windows.unpacked(length, min(self.border, old)))
         is_exact = self._is_exact(length, keys)
@@ -77,32 +82,13 @@ def _choose(both: Tensor, is_exact: Tensor) -> Tensor:
     return torch.where(is_exact, exact, decoded)
 
 
-class DecodedLayer(DecodedUpdate, DynamicLayer):
-    """Twin of a packed full-attention layer."""
-
-    def __init__(self, packed: TurboQuantLayer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.packed, self.border = packed, 0
-
-
-class DecodedSlidingLayer(DecodedUpdate, DynamicSlidingWindowLayer):
-    """Twin of a packed sliding-window layer."""
-
-    def __init__(self, packed: TurboQuantSlidingLayer) -> None:
-        super().__init__(sliding_window=packed.sliding_window)
-        self.packed, self.border = packed, 0
-
-
-def _twin(packed: Any, stock: Any) -> Any:
-    if isinstance(packed, TurboQuantSlidingLayer):
-        return DecodedSlidingLayer(packed)
-    return DecodedLayer(packed) if isinstance(packed, TurboQuantLayer) else stock
-
-
 def decoded_twin(cache: TurboQuantCache, config: Any) -> DynamicCache:
     """A stock cache that will hold what ``cache`` (empty, and of no other use afterwards) would decode to."""
     twin = DynamicCache(config=config)
-    twin.layers = [_twin(packed, stock) for packed, stock in zip(cache.layers, twin.layers, strict=True)]
+    layers: list[Any] = twin.layers
+    for packed, stock in zip(cache.layers, layers, strict=True):
+        if isinstance(packed, TurboQuantLayer):
+            stock.update = DecodedUpdate(packed, stock)
     # Where a patched model looks for it.
     vars(twin)["padding"] = cache.padding
     return twin

@@ -61,6 +61,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("window_size", "attention_window_size"), WINDOW),
     **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 64),
+    "index_topk": WINDOW,
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 32),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
