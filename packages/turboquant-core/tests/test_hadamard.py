@@ -109,7 +109,7 @@ def test_matrix_is_read_only_and_cached() -> None:
     [(92, "88 and 96"), (116, "112 and 120"), (172, "168 and 176"), (184, "176 and 180"), (6, "4 and 8")],
 )
 def test_an_unknown_order_names_the_nearest(order: int, nearest: str) -> None:
-    with pytest.raises(LayoutError, match=rf"head_dim is {order}; .* the nearest are {nearest}: keep this layer"):
+    with pytest.raises(LayoutError, match=rf"head_dim is {order}; .* the nearest are {nearest}: .* append zeros"):
         factor(order)
 
 

@@ -29,6 +29,17 @@ def store(batch: int = 2) -> PackedSequences:
     return PackedSequences(batch, CacheCodec.create(layout), ReferenceProvider(), torch.float32)
 
 
+def test_zeros_appended_to_vectors_change_no_attention() -> None:
+    """The way out that the error for another head_dim names: 20 coordinates as the first of 24."""
+    query, keys, values = (vectors(1, 2, 50, 20, seed=seed) for seed in range(3))
+    cache = TurboQuantKVCache(1, 2, 24, 4)
+    cache.append(*(torch.nn.functional.pad(x, (0, 4)) for x in (keys, values)))
+    out = cache.attend(torch.nn.functional.pad(query, (0, 4)), scaling=20**-0.5).out
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
+    assert out[..., 20:].norm() < 0.1 * out.norm()
+    assert (out[..., :20] - expected).norm() / expected.norm() < 0.15
+
+
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(chunks=st.lists(st.integers(0, 40), max_size=6), bits=st.sampled_from([2, 2.5, 3, 3.5, 4, (4, 2), (3.5, 2)]))
 def test_chunks_do_not_matter(chunks: list[int], bits: float | tuple[float, float]) -> None:

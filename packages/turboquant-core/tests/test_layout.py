@@ -84,15 +84,24 @@ def test_pages_for(tokens: int, pages: int) -> None:
     assert page(4, 4).pages_for(tokens) == pages
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 8, 2.25, 4.5, float("nan"), True, "4", None])
+@pytest.mark.parametrize("bits", [0, 1, 5, 8, 2.25, 4.5, float("nan"), True, None])
 def test_other_bits_are_refused(bits: Any) -> None:
     with pytest.raises(LayoutError, match=rf"bits is {bits!r}; the packed layout has \(2, 2\.5, 3, 3\.5, 4\)"):
         VectorLayout(128, bits, "int8")
 
 
-@pytest.mark.parametrize("head_dim", [0, 4, 100, 1032, -8])
-def test_other_head_dims_are_refused(head_dim: int) -> None:
-    with pytest.raises(LayoutError, match=rf"head_dim is {head_dim}"):
+def test_a_number_in_a_string_is_told_from_a_number() -> None:
+    with pytest.raises(LayoutError, match=r"bits is '4', a string: pass a number, one of \(2, 2\.5, 3, 3\.5, 4\)"):
+        VectorLayout(128, "4", "int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "nearest"),
+    [(0, "8"), (-8, "8"), (4, "8"), (100, "96 or 104"), (180, "176 or 192"), (1032, "1024")],
+)
+def test_other_head_dims_are_refused(head_dim: int, nearest: str) -> None:
+    """Those that are named can be packed: 184 has no rotation."""
+    with pytest.raises(LayoutError, match=rf"head_dim is {head_dim}; .*, here {nearest}: .* append zeros"):
         VectorLayout(head_dim, 4, "int8")
 
 

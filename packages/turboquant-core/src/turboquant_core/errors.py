@@ -13,3 +13,10 @@ class LayoutError(TurboQuantError, ValueError):
 
 class ProviderError(TurboQuantError, RuntimeError):
     """No kernel provider, or not the named one, can do what was asked for."""
+
+
+OTHER_HEAD_DIM = (
+    "vectors of this size stay uncompressed, unless you append zeros to queries, keys and values up to a larger size, "
+    "which changes no score (nothing is padded by itself)"
+)
+"""The way out of a head_dim that has no codes."""

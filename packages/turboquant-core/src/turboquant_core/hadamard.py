@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import LayoutError
+from .errors import OTHER_HEAD_DIM, LayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,7 +158,7 @@ def _known_plan(order: int) -> tuple[int, _Construction, int]:
         near = sorted(filter(supported_order, range(1, _LARGEST + 1)), key=lambda n: abs(n - order))[:2]
         raise LayoutError(
             f"head_dim is {order}; the rotation needs an order with a known Hadamard matrix up to {_LARGEST}, "
-            f"the nearest are {' and '.join(map(str, sorted(near)))}: keep this layer uncompressed"
+            f"the nearest are {' and '.join(map(str, sorted(near)))}: {OTHER_HEAD_DIM}"
         )
     return plan
 

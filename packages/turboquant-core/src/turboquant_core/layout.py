@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, Protocol, TypeAlias, get_args
 
-from .errors import LayoutError
+from .errors import OTHER_HEAD_DIM, LayoutError
+from .hadamard import supported_order
 from .integers import integer
 
 LAYOUT_VERSION = 1
@@ -42,10 +43,16 @@ def _check_head_dim(head_dim: object) -> int:
     head_dim = integer(head_dim, "head_dim", error=LayoutError)
     if head_dim % HEAD_DIM_MULTIPLE or not HEAD_DIM_MULTIPLE <= head_dim <= MAX_HEAD_DIM:
         raise LayoutError(
-            f"head_dim is {head_dim}; the layout packs multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}: "
-            "keep layers of other sizes uncompressed"
+            f"head_dim is {head_dim}; the layout packs multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}, here "
+            f"{' or '.join(map(str, _nearest_head_dims(head_dim)))}: {OTHER_HEAD_DIM}"
         )
     return head_dim
+
+
+def _nearest_head_dims(head_dim: int) -> list[int]:
+    packed = list(filter(supported_order, range(HEAD_DIM_MULTIPLE, MAX_HEAD_DIM + 1, HEAD_DIM_MULTIPLE)))
+    below, above = ([n for n in packed if (n > head_dim) is is_above] for is_above in (False, True))
+    return below[-1:] + above[:1]
 
 
 def check_page_size(page_size: object) -> int:
@@ -77,6 +84,8 @@ def check_bits(bits: object, where: str = "") -> float:
     Raises:
         LayoutError: ``bits`` is not one of :data:`BITS`.
     """
+    if isinstance(bits, str):
+        raise LayoutError(f"bits is {bits!r}{where}, a string: pass a number, one of {BITS}")
     if isinstance(bits, bool) or not isinstance(bits, Real) or bits not in BITS:
         raise LayoutError(f"bits is {bits!r}{where}; the packed layout has {BITS}: choose one of them")
     return int(float(bits)) if float(bits).is_integer() else float(bits)

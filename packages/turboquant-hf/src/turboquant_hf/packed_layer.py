@@ -31,6 +31,8 @@ from .handle import PackedTensor, StepPast
 from .options import CacheOptions
 from .padding import Padding
 
+_OTHER_CACHES = "Transformers' DynamicCache and QuantizedCache take any head_dim"
+
 Store = TypeVar("Store", WindowedSequences, StaticSequences)
 
 
@@ -108,7 +110,9 @@ class PackedLayer(ABC, Generic[Store]):
             codec = CacheCodec.create(
                 layout, seed=self.options.seed, key_scale=rule, value_scale=rule, center=center, device=device
             )
-        except (LayoutError, ValueError) as error:
+        except LayoutError as error:
+            raise LayoutError(f"layer {self.layer_idx} cannot be packed: {error}; {_OTHER_CACHES}") from error
+        except ValueError as error:
             raise LayoutError(f"layer {self.layer_idx} cannot be packed: {error}") from error
         provider = select_provider(KernelRequest(layout, device, self.dtype), self.options.provider)
         if self.options.shaped:
