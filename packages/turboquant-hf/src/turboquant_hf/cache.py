@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
+from .arguments import checks_config_and_names
 from .compat import (
     DynamicCache,
     DynamicIndexedLayer,
@@ -65,11 +66,13 @@ class TurboQuantCache(PackedCache, DynamicCache):
         offload_only_non_sliding: leave sliding-window layers where they are.
 
     Raises:
-        ValueError: an option is out of range, or the model has no layer that can be packed.
+        ValueError: ``config`` is none, an option is out of range, or the model has no layer that can be packed.
+        TypeError: there is no such option.
     """
 
     _stock = "DynamicCache"
 
+    @checks_config_and_names
     def __init__(
         self,
         config: PreTrainedConfig,

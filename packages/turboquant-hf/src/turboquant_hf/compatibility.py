@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .arguments import check_model
 from .cache import TurboQuantCache
 from .compat import PreTrainedModel
 from .packed_layer import PackedLayer
@@ -82,9 +83,11 @@ def check_model_compatibility(model: PreTrainedModel, **options: Any) -> Compati
 
     Raises:
         LayoutError: a layer's head_dim cannot be packed; names the layer.
-        ValueError: an option is out of range, no layer can be packed, or the model's attention implementation is
-            neither ``sdpa`` nor ``eager``.
+        ValueError: ``model`` is none, an option is out of range, no layer can be packed, or the model's attention
+            implementation is neither ``sdpa`` nor ``eager``.
+        TypeError: there is no such option.
     """
+    check_model(model)
     check_attention(model)
     cache = TurboQuantCache(model.config, **options)
     was_patched = is_watched(model)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from turboquant_core import Windows
 from turboquant_core.layout import bits_pair, check_page_size
+from turboquant_core.preset import Preset
 from turboquant_core.rotation import check_seed
 from turboquant_core.scale import CACHE_RULE, ScaleRule
 
@@ -56,6 +58,9 @@ class CacheOptions:
     scale_rule: ScaleRule = CACHE_RULE
 
     def __post_init__(self) -> None:
+        given: object = self.bits
+        if given == "auto" or isinstance(given, Preset | PathLike):
+            raise ValueError(f"bits is {given!r}: a cache takes numbers; patch_model and turboquant take presets")
         if isinstance(self.bits, Mapping):
             for layer_idx, bits in self.bits.items():
                 bits_pair(bits, f" for layer {layer_idx}")

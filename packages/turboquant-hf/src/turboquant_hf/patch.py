@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turboquant_core import TurboQuantError
 
+from .arguments import check_model, check_names, option_names
 from .attention import register
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, PreTrainedModel
@@ -28,6 +29,14 @@ def _switch(model: PreTrainedModel, names: dict[str, str]) -> None:
         # The text model alone: a vision tower has no cache.
         target: Any = names[current]
         model.set_attn_implementation({"text_config": target} if "text_config" in model.config.sub_configs else target)
+
+
+def _check(function: Callable[..., Any], model: object, options: dict[str, Any]) -> None:
+    """Before anything is measured: see ``Raises`` of :func:`patch_model`."""
+    check_model(model)
+    # The block of turboquant() passes it on to patch_model().
+    own = [*option_names(function), "verify"]
+    check_names(function.__name__, options, dict.fromkeys([*own, *option_names(TurboQuantCache.__init__)]))
 
 
 @overload
@@ -88,9 +97,11 @@ def patch_model(
 
     Raises:
         TurboQuantError: verification failed, or the doctor refuses the model; it is left unpatched.
-        ValueError: an option is out of range, a preset does not fit, no layer can be packed, or the model runs an
-            attention implementation other than ``sdpa`` and ``eager``.
+        ValueError: ``model`` is none, an option is out of range, a preset does not fit, no layer can be packed, or the
+            model runs an attention implementation other than ``sdpa`` and ``eager``.
+        TypeError: there is no such option.
     """
+    _check(patch_model, model, options)
     numbers, options = resolve(model, bits, options, calibration)
     # Verification is about wiring: its twin codes vector by vector, shaped codes are those of a call.
     plain = {name: value for name, value in options.items() if name != "shaped"}
@@ -123,7 +134,12 @@ def patch_model(
 
 
 def unpatch_model(model: PreTrainedModel) -> None:
-    """Give the model its attention implementation back, and no longer check prompts. Idempotent."""
+    """Give the model its attention implementation back, and no longer check prompts. Idempotent.
+
+    Raises:
+        ValueError: ``model`` is no loaded Transformers model.
+    """
+    check_model(model)
     unwatch_prompts(model)
     _switch(model, NAMES)
 
@@ -151,8 +167,10 @@ def turboquant(
 
     Raises:
         TurboQuantError: verification failed.
-        ValueError: an option is out of range.
+        ValueError: ``model`` is none, or an option is out of range.
+        TypeError: there is no such option.
     """
+    _check(turboquant, model, options)
     numbers, options = resolve(model, bits, options, calibration)
     patch_model(model, numbers, max_cache_len=max_cache_len, **options)
     cache_options = {name: value for name, value in options.items() if name != "verify"}

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from turboquant_core import TurboQuantError
 from turboquant_core.doctor import calibration_ids, examine
+from turboquant_core.layout import check_bits
 from turboquant_core.preset import Preset, load_preset
 
 from .compat import PreTrainedModel
@@ -71,9 +72,19 @@ def _preset(model: PreTrainedModel, bits: Preset | str | os.PathLike[str], calib
         return bits
     if bits == "auto":
         return measured_preset(model, calibration)
+    if isinstance(bits, str) and _is_number(bits):
+        check_bits(bits)
     if not Path(bits).is_file():
         raise ValueError(f"bits is {os.fspath(bits)!r}, which is no file: give a preset's path, 'auto' or numbers")
     return load_preset(bits)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def measured_preset(model: PreTrainedModel, calibration: Tensor | None = None) -> Preset:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .arguments import checks_config_and_names
 from .compat import StaticCache, StaticLayer, StaticSlidingWindowLayer
 from .options import Bits, CacheOptions, CenterKeys, CompressV, windows_of
 from .packed_cache import PackedCache
@@ -43,12 +44,14 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
         compress_sliding: pack sliding-window layers too.
 
     Raises:
-        ValueError: an option is out of range, or the model has no layer that can be packed.
+        ValueError: ``config`` is none, an option is out of range, or the model has no layer that can be packed.
+        TypeError: there is no such option.
     """
 
     _stock = "StaticCache"
     room: int
 
+    @checks_config_and_names
     def __init__(
         self,
         config: PreTrainedConfig,

@@ -1,0 +1,101 @@
+"""What is no model, no configuration or no option: one clear error each, before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from turboquant_hf import (
+    TurboQuantCache,
+    TurboQuantStaticCache,
+    check_model_compatibility,
+    patch_model,
+    presets,
+    turboquant,
+    unpatch_model,
+)
+
+from .conftest import CONFIGS, GQA
+
+
+def enter(model: Any, *arguments: Any, **options: Any) -> None:
+    with turboquant(model, *arguments, **options):
+        pass
+
+
+TAKE_A_MODEL = [patch_model, enter, check_model_compatibility, unpatch_model]
+NO_MODEL: dict[str, tuple[Any, str]] = {
+    "path": (
+        "models/llama",
+        r"model is the string 'models/llama': pass a loaded .*AutoModelForCausalLM\.from_pretrained",
+    ),
+    "none": (None, "model is None: pass a loaded Transformers model"),
+    "config": (LlamaConfig(**GQA), "model is a LlamaConfig: pass the model that has this configuration"),
+    "class": (LlamaForCausalLM, "model is the class LlamaForCausalLM: pass a loaded"),
+    "module": (torch.nn.Linear(2, 2), "model is a Linear without a Transformers configuration"),
+}
+
+
+@pytest.mark.parametrize("function", TAKE_A_MODEL, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("what", NO_MODEL)
+def test_what_is_no_model(function: Callable[..., Any], what: str) -> None:
+    value, message = NO_MODEL[what]
+    with pytest.raises(ValueError, match=message):
+        function(value)
+
+
+@pytest.mark.parametrize("make", [TurboQuantCache, lambda config: TurboQuantStaticCache(config, 64)])
+def test_what_is_no_configuration(make: Callable[..., Any], llama: Any) -> None:
+    with pytest.raises(ValueError, match=r"config is a LlamaForCausalLM: pass model\.config"):
+        make(llama)
+    with pytest.raises(ValueError, match="config is the string 'models/llama': pass the config of a loaded"):
+        make("models/llama")
+    with pytest.raises(ValueError, match="config is None"):
+        make(None)
+
+
+def test_a_configuration_by_name(llama: Any) -> None:
+    assert TurboQuantCache(config=llama.config, bits=3).options.bits == 3
+
+
+@pytest.mark.parametrize("function", [patch_model, enter])
+def test_an_option_that_does_not_exist(
+    function: Callable[..., Any], llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a doctor has measured for minutes."""
+    monkeypatch.setattr(presets, "measured_preset", lambda *arguments: pytest.fail("measured"))
+    known = "its options are bits, max_cache_len, .*calibration, verify, compress_v, .*offload_only_non_sliding$"
+    if function is patch_model:
+        known = known.replace(".*calibration, verify", "verify, calibration")
+    with pytest.raises(TypeError, match=f"no option 'recent_token': did you mean 'recent_tokens'. {known}"):
+        function(llama, "auto", recent_token=4)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_a_cache_names_its_options(llama: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"TurboQuantCache has no option 'nbits': did you mean 'bits'\? its options are"
+    ):
+        TurboQuantCache(llama.config, nbits=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"TurboQuantStaticCache has no option 'offloading': its options are max_cache"):
+        patch_model(llama, max_cache_len=64, offloading=True)
+    with pytest.raises(TypeError, match="TurboQuantCache has no option 'xyz': its options are bits, compress_v"):
+        check_model_compatibility(llama, xyz=1)
+
+
+@pytest.mark.parametrize("function", [patch_model, lambda model, bits: TurboQuantCache(model.config, bits)])
+@pytest.mark.parametrize("bits", ["4", " 3.5"])
+def test_a_number_in_a_string(function: Callable[..., Any], llama: Any, bits: str) -> None:
+    with pytest.raises(ValueError, match=rf"bits is '{bits}', a string: pass a number, one of \(2, 2\.5, 3, 3\.5, 4\)"):
+        function(llama, bits)
+
+
+def test_a_cache_takes_no_preset() -> None:
+    for bits in ("auto", Path("preset.json")):
+        with pytest.raises(ValueError, match="a cache takes numbers; patch_model and turboquant take presets"):
+            TurboQuantCache(CONFIGS["llama"][0], bits)  # type: ignore[arg-type]
