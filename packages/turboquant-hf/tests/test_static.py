@@ -353,6 +353,9 @@ class TestErrors:
             static.batch_select_indices(torch.tensor([0]))
         with pytest.raises(ValueError, match="cannot be offloaded"):
             static.layers[0].offload()
+        for operation in (static.save, static.load):
+            with pytest.raises(ValueError, match=r"a static cache cannot (be saved to|load) cache.* TurboQuantCache"):
+                operation("cache")
         with torch.no_grad(), pytest.raises(ValueError, match="holds 1 sequences and got 2"):
             llama(token_ids(2, 1), **{CACHE_ARGUMENT: static})
         static.reset()

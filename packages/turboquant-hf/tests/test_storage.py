@@ -98,13 +98,15 @@ def test_a_file_that_is_not_whole_or_not_ours(llama: Any, prompt: torch.Tensor, 
     empty = TurboQuantCache(llama.config, 3)
     for broken in (b"", b"text", whole[:50], whole[:-1], whole[: len(whole) // 2], whole + b"x"):
         path.write_bytes(broken)
-        with pytest.raises(CacheFileError, match="is not a whole packed cache"):
+        with pytest.raises(CacheFileError, match=r"is not a whole packed cache \(.*\): save it again"):
             empty.load(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(CacheFileError, match="not a packed cache"):
         empty.load(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere: give the path of the file that save\(\)"):
         empty.load(tmp_path / "nowhere")
+    with pytest.raises(CacheFileError, match="is a folder: give the path of the file"):
+        empty.load(tmp_path)
     assert empty.get_seq_length() == 0
 
 
@@ -147,6 +149,15 @@ def test_a_failed_save_leaves_the_old_file(
         cache.save(tmp_path / "cache")
     assert os.listdir(tmp_path) == ["cache"]
     assert (tmp_path / "cache").read_bytes() == before
+
+
+def test_places_where_no_file_can_be(llama: Any, prompt: torch.Tensor, tmp_path: Path) -> None:
+    cache = held(llama, prompt)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing, and nothing was saved: create it"):
+        cache.save(tmp_path / "missing" / "cache")
+    with pytest.raises(IsADirectoryError, match="is a folder, and nothing was saved: give the path of a file in it"):
+        cache.save(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_layers_that_are_not_packed_are_named(prompt: torch.Tensor, tmp_path: Path) -> None:

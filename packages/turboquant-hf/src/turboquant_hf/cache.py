@@ -118,6 +118,7 @@ class TurboQuantCache(PackedCache, DynamicCache):
 
         Raises:
             CacheFileError: a layer is not packed.
+            OSError: ``path`` is a folder or lies in none, or cannot be written.
         """
         save_layers(path, self.layers, self._header(), self.text.ids)
 
@@ -129,8 +130,8 @@ class TurboQuantCache(PackedCache, DynamicCache):
             device: of the model.
 
         Raises:
-            CacheFileError: the file is no packed cache, is truncated, or is of another model configuration, layout
-                version or options; the cache is empty then. The weights of the model are not compared.
+            CacheFileError: the file is no packed cache or a folder, is truncated, or is of another model configuration,
+                layout version or options; the cache is empty then. The weights of the model are not compared.
             FileNotFoundError: there is no such file.
         """
         self.reset()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NoReturn
 
+import torch
 from transformers import PreTrainedConfig
 
 from .arguments import checks_config_and_names
@@ -90,3 +92,13 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     def has_past(self) -> bool:
         """Whether an update came since the cache was made or reset."""
         return any(getattr(layer, "has_past", False) for layer in self.layers)
+
+    def save(self, path: str | os.PathLike[str]) -> NoReturn:
+        """Always an error: a static cache is not saved."""
+        raise ValueError(
+            f"a static cache cannot be saved to {path}: run the prompt over a TurboQuantCache and save that"
+        )
+
+    def load(self, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NoReturn:
+        """Always an error: a static cache is not loaded."""
+        raise ValueError(f"a static cache cannot load {path} to {device}: load it into a TurboQuantCache")

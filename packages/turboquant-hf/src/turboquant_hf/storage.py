@@ -24,6 +24,7 @@ from .special_layer import StateBeside
 
 FORMAT = "turboquant-cache"
 FORMAT_VERSION = 1
+_MAKE_IT_ALIKE = "load it into a cache of the model and the options that it was saved from"
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -91,13 +92,23 @@ def save_layers(path: str | os.PathLike[str], layers: list[Any], header: dict[st
 
     Raises:
         CacheFileError: a layer is not packed.
+        OSError: ``path`` is a folder or lies in none, or cannot be written; nothing is left of it then.
     """
+    _check_target(Path(path))
     packed = _packed_layers(layers)
     header = {**header, "layout_version": LAYOUT_VERSION, "layers": [_layer_header(layer) for layer in packed]}
     tensors = {name: x for index, layer in enumerate(packed) for name, x in _layer_tensors(index, layer).items()}
     if ids is not None:
         tensors["ids"] = ids.detach().cpu().contiguous()
     _write(Path(path), tensors, {"format": FORMAT, "version": str(FORMAT_VERSION), "header": json.dumps(header)})
+
+
+def _check_target(path: Path) -> None:
+    """Before anything is copied or written, say what is in the way of a new file."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and nothing was saved: give the path of a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}, and nothing was saved: create it, or name another")
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -112,6 +123,10 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors, if the file is a cache of this version."""
+    if path.is_dir():
+        raise CacheFileError(f"{path} is a folder: give the path of the file that save() wrote")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}: give the path of the file that save() wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -119,17 +134,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise CacheFileError(f"{path} is a safetensors file, but not a packed cache")
             if metadata.get("version") != str(FORMAT_VERSION):
                 raise CacheFileError(
-                    f"{path} has format version {metadata.get('version')}; this release reads {FORMAT_VERSION}"
+                    f"{path} has format version {metadata.get('version')}; this release reads {FORMAT_VERSION}: load "
+                    "it with the release that saved it"
                 )
             return json.loads(metadata["header"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise CacheFileError(f"{path} is not a whole packed cache: {error}") from error
+        raise CacheFileError(
+            f"{path} is not a whole packed cache ({error}): save it again, or run its prompt over an empty cache"
+        ) from error
 
 
 def _check_header(path: Path, found: dict[str, Any], header: dict[str, Any], layers: list[TurboQuantLayer]) -> None:
     for name, expected in {**header, "layout_version": LAYOUT_VERSION}.items():
         if found.get(name) != expected:
-            raise CacheFileError(f"{path} has {name} {found.get(name)!r}; this cache has {expected!r}")
+            raise CacheFileError(
+                f"{path} has {name} {found.get(name)!r}; this cache has {expected!r}: {_MAKE_IT_ALIKE}"
+            )
     saved = found.get("layers")
     if not isinstance(saved, list) or len(saved) != len(layers):
         raise CacheFileError(f"{path} does not have the {len(layers)} layers of this model")
@@ -137,7 +157,9 @@ def _check_header(path: Path, found: dict[str, Any], header: dict[str, Any], lay
         for name, expected in _layer_header(layer).items():
             if not isinstance(was, dict) or was.get(name) != expected:
                 got = was.get(name) if isinstance(was, dict) else was
-                raise CacheFileError(f"{path} has {name} {got!r} in layer {index}; this cache has {expected!r}")
+                raise CacheFileError(
+                    f"{path} has {name} {got!r} in layer {index}; this cache has {expected!r}: {_MAKE_IT_ALIKE}"
+                )
 
 
 def load_layers(
@@ -149,7 +171,7 @@ def load_layers(
         The token ids that the cache holds, if they were known.
 
     Raises:
-        CacheFileError: see the class; no layer is filled then.
+        CacheFileError: see the class, or ``path`` is a folder; no layer is filled then.
         FileNotFoundError: there is no such file.
     """
     packed = _packed_layers(layers)
@@ -163,7 +185,9 @@ def load_layers(
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         for layer in packed:
             layer.reset()
-        raise CacheFileError(f"{path} does not hold what its header says: {error}") from error
+        raise CacheFileError(
+            f"{path} does not hold what its header says ({error}): it was changed after it was saved; save it again"
+        ) from error
     return tensors.get("ids")
 
 
