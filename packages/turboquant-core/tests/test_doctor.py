@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,12 +272,45 @@ def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], ids
     assert not out.exists()
 
 
-def test_command_says_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/model"], "nowhere/model is no folder, and nothing is downloaded here: give the folder of a model"),
+        (["."], "has no config.json: give the folder that a model was saved to"),
+        (["broken"], "broken cannot be loaded: "),
+        ([str(TINY), "--text", "none.txt"], "--text none.txt cannot be read"),
+        ([str(TINY), "--out", "."], "--out . is a folder: name a file in it, such as preset.json"),
+        ([str(TINY), "--out", "none/preset.json"], "--out none/preset.json: there is no folder none: create it"),
+        ([str(TINY), "--device", "nowhere"], "--device nowhere cannot be used: "),
+        ([str(TINY), "--device", "meta:x"], "--device meta:x cannot be used: "),
+    ],
+    ids=lambda value: " ".join(value[-2:]).replace(str(TINY), "") if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_one_line_before_anything_is_measured(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("transformers")
-    assert cli.main(["doctor", str(tmp_path)]) == cli.FAILED
-    assert "cannot be loaded" in capsys.readouterr().err
-    assert cli.main(["doctor", str(TINY), "--text", str(tmp_path / "none.txt")]) == cli.FAILED
-    assert "none.txt cannot be read" in capsys.readouterr().err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "examine", lambda *arguments, **options: pytest.fail("measured"))
+    assert cli.main(["doctor", *arguments]) == cli.MISUSED == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("turboquant: ")
+    assert message in line
+    assert os.listdir(tmp_path) == ["broken"]
+
+
+def test_a_file_that_may_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: path != tmp_path)
+    assert cli.main(["doctor", str(TINY), "--out", str(tmp_path / "preset.json")]) == cli.MISUSED
+    assert "preset.json may not be written" in capsys.readouterr().err
 
 
 @pytest.fixture
