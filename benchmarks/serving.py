@@ -16,6 +16,10 @@ when these are of another device or other versions. What engines print goes to $
 folder where OUT is not set; its end is shown when an engine fails. Kernels that were compiled while an engine served
 are named in its results; a packed engine must have none.
 
+The soak fails, with reasons and exit status 1, unless requests were answered, cancelled and preempted, none failed or was
+lost, all logprobs are finite, every probe answered as it did alone (up to ties of two tokens, which are counted, the
+widest told) and all blocks are free at the end.
+
 vLLM finds plug-ins by the metadata of distributions: on a host without network, unpack the wheels that ``nox -s build``
 makes into a folder on PYTHONPATH.
 """
@@ -99,7 +103,8 @@ def settings(quick: bool, model: Path) -> dict[str, Any]:
 def run_one(arguments: argparse.Namespace) -> None:
     """The child: one contender, or the soak; prints what it has found each time that there is more."""
     if arguments.soak:
-        show(soak(arguments.model or TINY, arguments.soak * 60, arguments.quick))
+        for result in soak(arguments.model or TINY, arguments.soak * 60, arguments.quick):
+            show(result)
         return
     contender = contenders(arguments)[arguments.one]
     for result in measure(Setting({**settings(arguments.quick, arguments.model), **contender}), workloads(arguments)):
@@ -263,10 +268,16 @@ def write_soak(out: Path, found: dict[str, Any]) -> None:
     write_json(out, {"soak": found})
 
 
+def reasons(found: dict[str, Any]) -> list[str]:
+    """Why a soak failed, that of its process included."""
+    named = list(found.get("failures", ["nothing was found out"]))
+    return [*named, found["error"]] if "error" in found else named
+
+
 def failed(results: dict[str, Any]) -> bool:
     """Whether a soak failed, or a run of ours in a comparison did not end or compiled a kernel while it served."""
     if "soak" in results:
-        return not results["soak"].get("passed", False)
+        return bool(reasons(results["soak"]))
     ours = [result for name, result in results.items() if name.startswith("turboquant")]
     return any("error" in result or "compiled_while_serving" in result for result in ours)
 
@@ -294,6 +305,7 @@ def main() -> None:
         keep = partial(write_soak, out)
         results = {"soak": child("soak", arguments, arguments.model, keep, limit)}
         print(json.dumps(results["soak"], indent=1))
+        print("\n".join(f"failed: {name}" for name in reasons(results["soak"])) or "passed")
     else:
         results = compare(arguments, out)
     sys.exit(int(failed(results)))

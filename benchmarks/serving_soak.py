@@ -1,69 +1,109 @@
-"""Random traffic: arrivals, lengths and cancellations, with probes whose answers must not change."""
+"""Random traffic: arrivals, lengths, cancellations and preemptions, with probes whose answers must not change.
+
+The cache holds twice the longest request, so that requests are preempted and cached prefixes evicted all the time.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from serving_engine import Setting
+from serving_traffic import PROBE_TOKENS, PROBES, TIE, TIE_IN_FLOAT32, Traffic
+from serving_verdict import SHOWN, failures
 
-PROBES = 4
-PROBE_TOKENS = 24
-TIE = 0.25
-"""Nats: two steps of a bf16 logit between 16 and 32. Sums are rounded in another order when the batch is another, or a
-prefix was cached, which may turn what is nearly a tie of two tokens; such turns are counted."""
+NOISE_TOKENS = 64
+MOST_OPEN = 64
+BLOCK_SIZE = 16
+PROGRESS_SECONDS = 30.0
+DRAIN_SECONDS = 120.0
+"""That the requests which are open at the end may take."""
 
 
-@dataclass
-class Traffic:
-    """What has happened so far.
+def soak(model: Path, seconds: float, quick: bool) -> Iterator[dict[str, Any]]:
+    """Traffic for ``seconds``: what is known so far, again and again; the last result is the verdict.
 
-    Attributes:
-        random: of arrivals, lengths and cancellations.
-        expected: tokens and logprobs of each probe, asked alone.
-        open: requests under way.
+    Args:
+        model: folder of the model.
+        seconds: in which requests arrive.
+        quick: a CPU: float32 and short prompts.
     """
+    length = 512 if quick else 4096
+    engine = _engine(model, length, quick)
+    traffic = Traffic(random.Random(0), length - 2 * NOISE_TOKENS, TIE_IN_FLOAT32 if quick else TIE)
+    free, began = None, time.monotonic()
+    try:
+        traffic.expected += [_alone(engine, traffic, number) for number in range(PROBES)]
+        for _ in _drive(engine, traffic, seconds):
+            yield _result(engine, traffic, time.monotonic() - began, over=False)
+        free = _all_free(engine, traffic)
+    except Exception as error:  # noqa: BLE001 - whatever ends the engine is a finding, beside what was counted before
+        traffic.errors.append(f"{type(error).__name__}: {error}")
+    yield _result(engine, traffic, time.monotonic() - began, over=free is not None, free=free)
 
-    random: random.Random
-    expected: list[Any] = field(default_factory=list)
-    open: set[str] = field(default_factory=set)
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("sent", "done", "cancelled", "probes", "ties"), 0)
-    )
-    wrong: list[str] = field(default_factory=list)
 
-
-def soak(model: Path, seconds: float, quick: bool) -> dict[str, Any]:
-    """Traffic for ``seconds``; passed when nothing is lost, no logprob is NaN and every probe answers the same."""
+def _engine(model: Path, length: int, quick: bool) -> Any:
     turboquant = {"attention_backend": "FUSED_TURBOQUANT", "additional_config": {"turboquant": {"prefill": "packed"}}}
     size = {
-        "kv_cache_memory_bytes": (4 if quick else 512) << 20,
+        "kv_cache_memory_bytes": (16 if quick else 512) << 20,
+        "block_size": BLOCK_SIZE,
+        "num_gpu_blocks_override": 2 * length // BLOCK_SIZE,
         "enforce_eager": quick,
-        "max_model_len": 512 if quick else 4096,
+        "max_model_len": length,
         "dtype": "float32" if quick else "bfloat16",
     }
-    setting = Setting(
-        {"model": str(model), "skip_tokenizer_init": True, "enable_prefix_caching": True, **size, **turboquant}
-    )
-    engine = setting.engine().llm_engine
-    limit = size["max_model_len"] - 64
-    traffic = Traffic(random.Random(0))
-    for number in range(PROBES):
-        traffic.expected.append(_alone(engine, number))
-    started = time.monotonic()
-    while time.monotonic() - started < seconds or (traffic.open and engine.has_unfinished_requests()):
-        if time.monotonic() - started < seconds:
-            _arrivals(engine, traffic, limit)
+    counted = {"skip_tokenizer_init": True, "enable_prefix_caching": True, "disable_log_stats": False}
+    return Setting({"model": str(model), **counted, **size, **turboquant}).engine().llm_engine
+
+
+def _drive(engine: Any, traffic: Traffic, seconds: float) -> Iterator[None]:
+    """Let requests arrive for ``seconds`` and wait for the last ones; stops now and then for a look at the counts."""
+    began = shown = time.monotonic()
+    while (now := time.monotonic()) < began + seconds or (traffic.open and now < began + seconds + DRAIN_SECONDS):
+        if now < began + seconds:
+            _arrivals(engine, traffic)
         # An engine with nothing to do waits for ever.
         for output in engine.step() if engine.has_unfinished_requests() else ():
-            _receive(traffic, output)
-    lost = traffic.counts["sent"] - traffic.counts["done"] - traffic.counts["cancelled"]
-    passed = not traffic.wrong and lost == 0 and traffic.counts["probes"] > 0
-    return {"passed": passed, "seconds": seconds, **traffic.counts, "lost": lost, "wrong": traffic.wrong[:10]}
+            traffic.receive(output)
+        if now - shown > PROGRESS_SECONDS:
+            shown = now
+            yield
+
+
+def _result(engine: Any, traffic: Traffic, seconds: float, *, over: bool, free: bool | None = None) -> dict[str, Any]:
+    cache, counts = engine.vllm_config.cache_config, traffic.counts
+    found: dict[str, Any] = {
+        "over": over,
+        "seconds": seconds,
+        "blocks": cache.num_gpu_blocks,
+        "block_size": cache.block_size,
+        **counts,
+        "preemptions": _preemptions(engine),
+        "lost": counts["sent"] - counts["done"] - counts["cancelled"] if over else 0,
+        "all_blocks_free": free,
+        "largest_tie_nats": traffic.largest_tie,
+        "tie_bound_nats": traffic.tie,
+    }
+    wrong = {"changed": traffic.changed, "not_finite": traffic.not_finite, "errors": traffic.errors}
+    named = failures({**found, **wrong})
+    return {"passed": not named, "failures": named, **found, **{kind: some[:SHOWN] for kind, some in wrong.items()}}
+
+
+def _preemptions(engine: Any) -> int | None:
+    """Requests that gave their blocks to others and were computed again; None where this vLLM does not count them."""
+    counted = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"]
+    return int(sum(counted)) if counted else None
+
+
+def _all_free(engine: Any, traffic: Traffic) -> bool:
+    """Ask the probes alone once more; whether no block is in use then, the condition to empty a prefix cache."""
+    for number in range(PROBES):
+        traffic.compare(f"probe-{number}-last", _alone(engine, traffic, number))
+    return bool(engine.reset_prefix_cache())
 
 
 def _sampling(tokens: int) -> Any:
@@ -72,32 +112,28 @@ def _sampling(tokens: int) -> Any:
     return SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True, detokenize=False)
 
 
-def _probe(number: int) -> dict[str, list[int]]:
-    length = 20 + 60 * number
-    return {"prompt_token_ids": [5 + (17 * (number + 1) * position) % 4000 for position in range(length)]}
-
-
-def _alone(engine: Any, number: int) -> Any:
-    engine.add_request(f"alone-{number}", _probe(number), _sampling(PROBE_TOKENS))
+def _alone(engine: Any, traffic: Traffic, number: int) -> Any:
+    engine.add_request(f"alone-{number}", traffic.probe(number), _sampling(PROBE_TOKENS))
     final = None
     while engine.has_unfinished_requests():
         final = (engine.step() or [final])[-1]
     assert final is not None
+    traffic.check_finite(final)
     return final.outputs[0]
 
 
-def _arrivals(engine: Any, traffic: Traffic, limit: int) -> None:
+def _arrivals(engine: Any, traffic: Traffic) -> None:
     dice = traffic.random
-    while len(traffic.open) < 64 and dice.random() < 0.4:
+    while len(traffic.open) < MOST_OPEN and dice.random() < 0.4:
         number = traffic.counts["sent"]
         traffic.counts["sent"] += 1
         if dice.random() < 0.2:
             which = dice.randrange(PROBES)
-            name, prompt, tokens = f"probe-{which}-{number}", _probe(which), PROBE_TOKENS
+            name, prompt, tokens = f"probe-{which}-{number}", traffic.probe(which), PROBE_TOKENS
         else:
-            length = int(math.exp(dice.uniform(0, math.log(limit - 64))))
+            length = int(math.exp(dice.uniform(0, math.log(traffic.longest))))
             prompt = {"prompt_token_ids": [dice.randrange(4000) for _ in range(max(length, 1))]}
-            name, tokens = f"noise-{number}", dice.randint(1, 64)
+            name, tokens = f"noise-{number}", dice.randint(1, NOISE_TOKENS)
         engine.add_request(name, prompt, _sampling(tokens))
         traffic.open.add(name)
     noise = sorted(name for name in traffic.open if name.startswith("noise"))
@@ -106,29 +142,3 @@ def _arrivals(engine: Any, traffic: Traffic, limit: int) -> None:
         engine.abort_request([cancelled])
         traffic.open.discard(cancelled)
         traffic.counts["cancelled"] += 1
-
-
-def _receive(traffic: Traffic, output: Any) -> None:
-    if not output.finished or output.request_id not in traffic.open:
-        return
-    traffic.open.discard(output.request_id)
-    traffic.counts["done"] += 1
-    answer = output.outputs[0]
-    if any(not math.isfinite(entry.logprob) for step in answer.logprobs for entry in step.values()):
-        traffic.wrong.append(f"{output.request_id}: a logprob is not finite")
-    if output.request_id.startswith("probe"):
-        traffic.counts["probes"] += 1
-        _compare(traffic, output.request_id, answer)
-
-
-def _compare(traffic: Traffic, name: str, answer: Any) -> None:
-    expected = traffic.expected[int(name.split("-")[1])]
-    for index, (token, wanted) in enumerate(zip(answer.token_ids, expected.token_ids, strict=True)):
-        if token == wanted:
-            continue
-        step = expected.logprobs[index]
-        if token not in step or step[wanted].logprob - step[token].logprob > TIE:
-            traffic.wrong.append(f"{name}: token {index} is {token}, alone it was {wanted}")
-        else:
-            traffic.counts["ties"] += 1
-        return
