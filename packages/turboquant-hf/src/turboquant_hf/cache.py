@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .arguments import checks_config_and_names
 from .compat import (
+    RESET_KEEPS_LENGTH,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -112,6 +113,14 @@ class TurboQuantCache(PackedCache, DynamicCache):
         if self.options.compress_sliding and kind is LinearAttentionAndSlidingWindowAttentionLayer:
             return TurboQuantHybridSlidingLayer(linear_state(layer), *place, layer.sliding_window)
         return layer
+
+    def reset(self) -> None:
+        """Forget everything: the next prompt may be any."""
+        super().reset()
+        for layer in self.layers:
+            if RESET_KEEPS_LENGTH and isinstance(layer, DynamicLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that is held to a safetensors file, which appears whole or not at all.

@@ -28,6 +28,9 @@ from transformers.modeling_utils import PreTrainedModel
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 """Keyword by which ``generate`` and ``forward`` take a cache: ``cache`` since Transformers 5.24."""
 
+RESET_KEEPS_LENGTH = "reset" not in vars(DynamicLayer)
+"""Whether a growing layer, when it is reset, keeps as many zeros as it held tokens: so before Transformers 5.18."""
+
 # Layers that Transformers 5.5 does not have; None is the type of no layer.
 DynamicIndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 LinearAttentionAndSlidingWindowAttentionLayer: Any = getattr(
@@ -38,6 +41,7 @@ __all__ = [
     "ATTENTION_FUNCTIONS",
     "CACHE_ARGUMENT",
     "MASK_FUNCTIONS",
+    "RESET_KEEPS_LENGTH",
     "Cache",
     "DynamicCache",
     "DynamicIndexedLayer",
