@@ -65,6 +65,22 @@ def test_every_cache_has_its_text_and_divergence(output: str) -> None:
     assert all(0 <= float(divergence) < 1 for divergence in divergences[1:])
 
 
+def test_speeds_are_positive_and_called_variable(output: str) -> None:
+    speeds = [float(line.split()[-1]) for line in output.splitlines() if ROW.match(line)]
+    assert len(speeds) == 4
+    assert min(speeds) > 0
+    assert "of the median step" in output
+    assert "vary from run to run and from machine to machine" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("arguments", [["--model", "nowhere"], ["--text", "nowhere.txt"], ["--new-tokens", "1"]])
+def test_wrong_arguments_are_one_line(arguments: list[str]) -> None:
+    command = [sys.executable, "examples/demo.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(rf"error: {arguments[0]} (is )?{arguments[1]}", done.stderr.splitlines()[-1])
+
+
 def test_the_plot_is_written(output: str, folder: Path) -> None:
     assert f"Memory against context: {folder / 'memory.png'}" in output
     assert (folder / "memory.png").read_bytes().startswith(PNG)
