@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from turboquant_hf import (
     turboquant,
     unpatch_model,
 )
+from turboquant_hf.arguments import option_names
 
 from .conftest import CONFIGS, GQA
+
+ROOT = Path(__file__).parents[3]
 
 
 def enter(model: Any, *arguments: Any, **options: Any) -> None:
@@ -99,3 +103,11 @@ def test_a_cache_takes_no_preset() -> None:
     for bits in ("auto", Path("preset.json")):
         with pytest.raises(ValueError, match="a cache takes numbers; patch_model and turboquant take presets"):
             TurboQuantCache(CONFIGS["llama"][0], bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page", ["docs/hf.md", "packages/turboquant-hf/README.md"])
+def test_every_option_is_in_the_tables(page: str) -> None:
+    rows = [line.split("|")[1] for line in (ROOT / page).read_text().splitlines() if line.startswith("| `")]
+    shown = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    functions = (TurboQuantCache.__init__, TurboQuantStaticCache.__init__, patch_model, turboquant)
+    assert {name for function in functions for name in option_names(function)} <= shown

@@ -32,7 +32,7 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     Args:
         config: of the model.
         max_cache_len: tokens that a sequence may have, the prompt included. More are an error: on a GPU one that stops
-            the device, except in ``generate`` of a patched model.
+            the device, except in ``generate``.
         bits: as all that follow, see :class:`turboquant_hf.TurboQuantCache`.
         compress_v: which layers pack values.
         seed: rotation seed.
