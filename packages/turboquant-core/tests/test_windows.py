@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from turboquant_core import (
     WindowedSequences,
     Windows,
 )
+from turboquant_core.recent_tokens import ROOM
 
 LAYOUT = PageLayout(VectorLayout(32, 3, "int8"), VectorLayout(16, 2, "cubic"), page_size=16, kv_heads=2)
 RAW = PageLayout(VectorLayout(32, 3, "int8"), RawLayout(16, 4), page_size=16, kv_heads=2)
@@ -334,3 +336,66 @@ def test_moved_pages_come_back() -> None:
     assert {tensor.device.type for tensor in (*kept, sequences.sinks.starts)} == {"meta"}
     assert sequences.device.type == "meta"
     assert sequences.codec.key.device.type == "cpu"
+
+
+def grow(sequences: WindowedSequences, tokens: int, seed: int) -> None:
+    sequences.append(*vectors(sequences.packed.batch, tokens, seed))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda sequences: None,
+        lambda sequences: sequences.crop(sequences.length - 3),
+        lambda sequences: sequences.select(torch.tensor([1, 0])),
+    ],
+    ids=["steps", "crop", "select"],
+)
+def test_what_was_handed_out_stays_as_it_is(between: Any) -> None:
+    """Over more steps than there is room for behind a window: nobody's tokens are written over."""
+    sequences = store(Windows(recent_tokens=5))
+    grow(sequences, 20, 0)
+    seen = []
+    for step in range(60):
+        if step % 7 == 6:
+            between(sequences)
+        recent = sequences.past().recent
+        seen.append((recent, tuple(x.clone() for x in recent)))
+        grow(sequences, 1, step)
+    for recent, was in seen:
+        assert all(torch.equal(*pair) for pair in zip(recent, was, strict=True))
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    sequences = store(Windows(recent_tokens=5))
+    for step, tokens in enumerate((20, 1, 1)):
+        grow(sequences, tokens, step)
+    copied = copy.deepcopy(sequences)
+    grow(sequences, 1, 7)
+    for step in range(20):
+        grow(copied, 1, step)
+    assert sequences.length == 23
+    assert torch.equal(sequences.recent.keys[:, :, -1:], vectors(2, 1, 7)[0])
+    assert torch.equal(copied.recent.keys[:, :, -1:], vectors(2, 1, 19)[0])
+
+
+def test_recent_tokens_keep_their_gradient() -> None:
+    sequences = store(Windows(recent_tokens=5))
+    grow(sequences, 20, 0)
+    grow(sequences, 1, 1)
+    key, value = (x.requires_grad_() for x in vectors(2, 1, 2))
+    sequences.append(key, value)
+    sequences.recent.keys.sum().backward()
+    assert key.grad is not None
+    assert torch.equal(key.grad, torch.ones_like(key))
+
+
+def test_room_behind_a_window_counts_as_allocated() -> None:
+    sequences = store(Windows(recent_tokens=5))
+    grow(sequences, 20, 0)
+    before = sequences.memory()
+    grow(sequences, 1, 1)
+    after = sequences.memory()
+    token = 2 * 2 * (32 + 16) * 4
+    assert after.stored - before.stored == 2 * 2 * LAYOUT.token_bytes
+    assert after.allocated - before.allocated >= ROOM * token

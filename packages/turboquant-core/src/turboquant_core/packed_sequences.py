@@ -197,6 +197,10 @@ class PackedSequences:
         self.length = 0
         self._pages = torch.zeros(self.layout.pages_shape(0), dtype=torch.uint8, device=codec.key.device)
         self._block_table = self._table(batch, 0)
+        self._forget_slots()
+
+    def _forget_slots(self) -> None:
+        self._page_slots: tuple[int, tuple[Tensor, ...]] = (-1, ())
 
     @property
     def layout(self) -> PageLayout:
@@ -228,10 +232,14 @@ class PackedSequences:
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """As :meth:`append`, of tensors that :meth:`check` has seen, or parts of them."""
-        stop = self.length + keys.shape[2]
+        self.add_rows(token_major(keys), token_major(values), keys.shape[2])
+
+    def add_rows(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+        """As :meth:`add`, of vectors ``[batch * tokens, kv_heads, d]``, the tokens of each sequence together."""
+        stop = self.length + tokens
         self._reserve(stop)
-        slots = self._slots(self.length, stop)
-        self.provider.store(token_major(keys), token_major(values), self._pages, slots, self.codec)
+        slots = self._step_slots() if tokens == 1 else self._slots(stop)
+        self.provider.store(keys, values, self._pages, slots, self.codec)
         self.length = stop
 
     def past(self) -> PackedPast:
@@ -254,6 +262,7 @@ class PackedSequences:
         pool = self._pages.view(capacity, self.batch, *self._pages.shape[1:])
         self._pages = pool.index_select(1, indices.to(self.device)).flatten(0, 1)
         self._block_table = self._table(len(indices), capacity)
+        self._forget_slots()
 
     def memory(self) -> MemoryFigures:
         """True bytes, scales included."""
@@ -275,6 +284,7 @@ class PackedSequences:
         """Move the pages; nothing but another move works while they are not where the codec is."""
         self._pages = self._pages.to(device)
         self._block_table = self._block_table.to(device)
+        self._forget_slots()
 
     def drop(self, pages: int) -> None:
         """Forget the first ``pages`` full pages of every sequence: later tokens move to the front.
@@ -326,11 +336,16 @@ class PackedSequences:
         pages = torch.arange(capacity, dtype=torch.int32, device=self.device) * batch
         return pages + torch.arange(batch, dtype=torch.int32, device=self.device).unsqueeze(1)
 
-    def _slots(self, start: int, stop: int) -> Tensor:
-        if stop == start + 1:
-            # Page p of sequence b is p * batch + b, so that one token each takes no look-up.
-            page, offset = divmod(start, self.layout.page_size)
-            size = self.batch * self.layout.page_size
-            return torch.arange(page * size + offset, (page + 1) * size, self.layout.page_size, device=self.device)
-        position = torch.arange(start, stop, device=self.device)
+    def _slots(self, stop: int) -> Tensor:
+        position = torch.arange(self.length, stop, device=self.device)
         return slots_at(self._block_table, position, self.layout.page_size).flatten()
+
+    def _step_slots(self) -> Tensor:
+        """Of the next token of each sequence: made for a page at once, so that a step costs the host nothing."""
+        page, offset = divmod(self.length, self.layout.page_size)
+        if self._page_slots[0] != page:
+            # Page p of sequence b is p * batch + b, so that it takes no look-up.
+            size = self.batch * self.layout.page_size
+            slots = torch.arange(page * size, (page + 1) * size, device=self.device)
+            self._page_slots = page, slots.view(self.batch, -1).t().contiguous().unbind(0)
+        return self._page_slots[1][offset]

@@ -11,6 +11,7 @@ from .codec import CacheCodec
 from .layout import PageLayout
 from .packed_sequences import MemoryFigures, PackedPast, PackedSequences
 from .provider import Gathered, KernelProvider
+from .recent_tokens import RecentTokens
 from .sink_tokens import SinkTokens
 from .split_past import SplitPast
 
@@ -115,13 +116,21 @@ class WindowedSequences:
 
     def _start_over(self) -> None:
         lead = (self.packed.batch, self.layout.kv_heads, 0)
-        self.recent = Gathered(
+        self._hold(
             *(
                 torch.zeros((*lead, vector.head_dim), dtype=self.packed.dtype, device=self.packed.device)
                 for vector in (self.layout.key, self.layout.value)
             )
         )
         self.sinks = SinkTokens(self.windows.sink_tokens, *self.recent)
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self._recent = RecentTokens(Gathered(keys, values))
+
+    @property
+    def recent(self) -> Gathered:
+        """Keys and values of the tokens that are not packed, ``[batch, kv_heads, tokens, d]``."""
+        return self._recent.tokens
 
     @property
     def layout(self) -> PageLayout:
@@ -151,7 +160,7 @@ class WindowedSequences:
     @property
     def length(self) -> int:
         """Tokens of each sequence."""
-        return self.packed.length + self.recent.keys.shape[2]
+        return self.packed.length + self._recent.count
 
     def append(self, keys: Tensor, values: Tensor, seq_starts: Tensor | None = None) -> None:
         """Add tokens; pack those that leave the recent window.
@@ -169,18 +178,23 @@ class WindowedSequences:
             self.packed.append(keys, values)
             return
         self.packed.check(keys, values)
-        keys, values = (x.to(self.packed.dtype) for x in (keys, values))
-        self.sinks.place(seq_starts, self.length)
-        self.sinks.take(keys, values, self.length)
-        kept = self.windows.unpacked(self.length + keys.shape[2], self.packed.length)
-        leaving = self.recent.keys.shape[2] + keys.shape[2] - kept
-        if leaving <= self.recent.keys.shape[2]:
+        length, held, new = self.length, self._recent.count, keys.shape[2]
+        dtype = self.packed.dtype
+        if keys.dtype != dtype or values.dtype != dtype:
+            keys, values = keys.to(dtype), values.to(dtype)
+        self.sinks.place(seq_starts, length)
+        self.sinks.take(keys, values, length)
+        leaving = held + new - self.windows.unpacked(length + new, length - held)
+        if held and new == leaving == 1 and not (keys.requires_grad or values.requires_grad):
+            self.packed.add_rows(*self._recent.first(), 1)
+            self._recent.advance(keys, values)
+        elif leaving <= held:
             self._shift(leaving, keys, values)
-            return
-        held = [torch.cat(pair, 2) for pair in zip(self.recent, (keys, values), strict=True)]
-        self.packed.add(*(x[:, :, :leaving] for x in held))
-        # A view would keep the whole prompt alive.
-        self.recent = Gathered(*(x[:, :, leaving:].clone() for x in held))
+        else:
+            both = [torch.cat(pair, 2) for pair in zip(self.recent, (keys, values), strict=True)]
+            self.packed.add(*(x[:, :, :leaving] for x in both))
+            # A view would keep the whole prompt alive.
+            self._hold(*(x[:, :, leaving:].clone() for x in both))
 
     def _shift(self, leaving: int, keys: Tensor, values: Tensor) -> None:
         """Pack the first ``leaving`` recent tokens and add new ones, with no copy but the window's own."""
@@ -189,7 +203,7 @@ class WindowedSequences:
             parts = [torch.split_with_sizes(x, (leaving, x.shape[2] - leaving), 2) for x in recent]
             self.packed.add(*(first for first, _ in parts))
             recent = tuple(rest for _, rest in parts)
-        self.recent = Gathered(*(torch.cat(pair, 2) for pair in zip(recent, (keys, values), strict=True)))
+        self._hold(*(torch.cat(pair, 2) for pair in zip(recent, (keys, values), strict=True)))
 
     def adopt_exact(
         self, recent_keys: Tensor, recent_values: Tensor, sink_keys: Tensor, sink_values: Tensor, sink_starts: Tensor
@@ -208,7 +222,7 @@ class WindowedSequences:
         )
         if not fits or not same or sink_starts.is_floating_point():
             raise ValueError(f"exact tokens {tuple(recent_keys.shape)} and sinks {tuple(sink_keys.shape)} do not fit")
-        self.recent = Gathered(*(x.to(self.packed.device, self.packed.dtype) for x in recent))
+        self._hold(*(x.to(self.packed.device, self.packed.dtype) for x in recent))
         self.sinks = self.sinks.holding(sink_starts, sinks)
 
     def past(self) -> WindowedPast:
@@ -224,7 +238,7 @@ class WindowedSequences:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop to {length} tokens: the cache holds {self.length}")
         border = min(self.packed.length, length)
-        self.recent = Gathered(*(x[:, :, : length - border].clone() for x in self.recent))
+        self._hold(*(x[:, :, : length - border].clone() for x in self.recent))
         self.packed.crop(border)
 
     def drop(self, pages: int) -> None:
@@ -241,13 +255,13 @@ class WindowedSequences:
         """See :meth:`PackedSequences.select`."""
         indices = indices.to(self.packed.device)
         self.packed.select(indices)
-        self.recent = Gathered(*(x.index_select(0, indices) for x in self.recent))
+        self._hold(*(x.index_select(0, indices) for x in self.recent))
         self.sinks = self.sinks.select(indices)
 
     def memory(self) -> MemoryFigures:
         """True bytes: pages, and the exact tokens of both windows (sinks are packed too)."""
-        exact = sum(x.nbytes for x in self.recent)
-        return self.packed.memory() + MemoryFigures(exact + self.sinks.nbytes, exact + self.sinks.nbytes, exact)
+        exact, sinks = self._recent.nbytes, self.sinks.nbytes
+        return self.packed.memory() + MemoryFigures(exact + sinks, self._recent.allocated + sinks, exact)
 
     def reset(self) -> None:
         """Forget every token and free the pages."""
@@ -257,5 +271,5 @@ class WindowedSequences:
     def move(self, device: torch.device | str) -> None:
         """Move everything to ``device``: see :meth:`PackedSequences.move`."""
         self.packed.move(device)
-        self.recent = Gathered(*(x.to(device) for x in self.recent))
+        self._hold(*(x.to(device) for x in self.recent))
         self.sinks = self.sinks.to(device)

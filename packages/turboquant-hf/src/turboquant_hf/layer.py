@@ -44,7 +44,8 @@ class TurboQuantLayer(PackedLayer[WindowedSequences], DynamicLayer):
             self.probe.see(key_states, value_states)
         first = store.length == 0
         # Raw values are stored as they are, so that one dtype must do for the whole past.
-        store.append(key_states, value_states.to(self.dtype), self.padding.starts(store.batch))
+        values = value_states if value_states.dtype == self.dtype else value_states.to(self.dtype)
+        store.append(key_states, values, self.padding.starts(store.batch))
         if first:
             return key_states, value_states
         return self._exact() or self._handles()
