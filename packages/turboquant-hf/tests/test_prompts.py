@@ -236,6 +236,15 @@ class TestAModelThatWasNotPatched:
         generate(llama, prompt, cache, attention_mask=mask)
         assert cache.layers[0].packed_sequences.sinks.starts.tolist() == [5]
 
+    @pytest.mark.filterwarnings("ignore:.*past_key_values. is deprecated:FutureWarning")
+    def test_a_cache_by_its_older_name(self, llama: Any, prompt: torch.Tensor) -> None:
+        """Transformers 5.24 still takes it."""
+        cache = TurboQuantCache(llama.config)
+        options = {"past_key_values": cache, "max_new_tokens": 4, "pad_token_id": 0}
+        llama.generate(prompt, **options)
+        with pytest.raises(ValueError, match="does not begin with the 24 tokens"):
+            llama.generate(prompt.flip(1).repeat(1, 2), **options)
+
     def test_blocks_of_several_threads(self, llama: Any) -> None:
         with prompts_watched(llama):
             with prompts_watched(llama):

@@ -27,6 +27,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 """Keyword by which ``generate`` and ``forward`` take a cache: ``cache`` since Transformers 5.24."""
+CACHE_ARGUMENTS = dict.fromkeys((CACHE_ARGUMENT, "past_key_values"))
+"""That keyword first, and the one that Transformers still takes, with a warning."""
 
 RESET_KEEPS_LENGTH = "reset" not in vars(DynamicLayer)
 """Whether a growing layer, when it is reset, keeps as many zeros as it held tokens: so before Transformers 5.18."""
@@ -40,6 +42,7 @@ LinearAttentionAndSlidingWindowAttentionLayer: Any = getattr(
 __all__ = [
     "ATTENTION_FUNCTIONS",
     "CACHE_ARGUMENT",
+    "CACHE_ARGUMENTS",
     "MASK_FUNCTIONS",
     "RESET_KEEPS_LENGTH",
     "Cache",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from .compat import CACHE_ARGUMENT, GenerationMixin
+from .compat import GenerationMixin
 from .prompts import packed_in, prompts_watched
 
 _MARK = "_turboquant_watches"
@@ -25,7 +25,7 @@ def watch_generate() -> None:
 
     @wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = packed_in(kwargs.get(CACHE_ARGUMENT))
+        cache = packed_in(kwargs)
         if cache is None:
             return original(self, *args, **kwargs)
         if cache.has_past and _is_assisted(self, *args, **kwargs):

@@ -94,7 +94,10 @@ class CacheOptions:
         where = f" for layer {layer_idx}"
         if isinstance(self.bits, Mapping):
             if layer_idx not in self.bits:
-                raise ValueError(f"bits has no entry{where}, which is packed; it has {sorted(self.bits)}")
+                raise ValueError(
+                    f"bits has no entry{where}, which is packed; it has {sorted(self.bits)}: give one for the index of "
+                    "each layer, or a pair (keys, values) for all"
+                )
             return bits_pair(self.bits[layer_idx], where)
         return bits_pair(self.bits(layer_idx) if callable(self.bits) else self.bits, where)
 

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .compat import CACHE_ARGUMENT, PreTrainedModel
+from .compat import CACHE_ARGUMENTS, PreTrainedModel
 from .held_text import HeldText
 from .padding import Padding
 
@@ -27,10 +27,17 @@ if TYPE_CHECKING:
 _METHOD = "prepare_inputs_for_generation"
 
 
-def packed_in(cache: Any) -> PackedCache | None:
-    """``cache``, or the decoder's part of it, where that is a packed one."""
-    held = getattr(cache, "self_attention_cache", cache)
-    return held if isinstance(getattr(held, "text", None), HeldText) else None
+def _cache_in(arguments: dict[str, Any]) -> Any:
+    """The cache among arguments of ``generate`` or a forward, or the decoder's part of it; None where there is none."""
+    given = (arguments.get(name) for name in CACHE_ARGUMENTS)
+    cache = next((cache for cache in given if cache is not None), None)
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def packed_in(arguments: dict[str, Any]) -> PackedCache | None:
+    """The cache among arguments of ``generate``, or the decoder's part of it, where that is a packed one."""
+    cache = _cache_in(arguments)
+    return cache if isinstance(getattr(cache, "text", None), HeldText) else None
 
 
 def _mask_in(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
@@ -71,9 +78,8 @@ def _note_mask(padding: Padding, mask: Any) -> None:
 
 def _note_padding(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
     """Tell a packed cache where its sequences begin: its layers see no mask."""
-    cache = kwargs.get(CACHE_ARGUMENT)
     # Not of packed caches alone: verification compares with one of decoded vectors, which has the same sinks.
-    padding = getattr(getattr(cache, "self_attention_cache", cache), "padding", None)
+    padding = getattr(_cache_in(kwargs), "padding", None)
     if isinstance(padding, Padding):
         _note_mask(padding, _mask_in(model, kwargs))
 
@@ -88,7 +94,7 @@ def _replace_method(model: PreTrainedModel) -> None:
 
     @wraps(original)
     def prepare(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = packed_in(kwargs.get(CACHE_ARGUMENT))
+        cache = packed_in(kwargs)
         if cache is None:
             return original(self, input_ids, *args, **kwargs)
         _see(self, cache, input_ids, kwargs)
