@@ -15,6 +15,8 @@ from turboquant_hf.attention import turboquant_attention
 
 MOST_OPERATIONS = 32
 """Of an update and its attention with the default window: views count too, and two of :class:`NoKernels`."""
+MORE_OF_SINKS = 2
+"""Sinks are put before the recent keys and values."""
 MOST_OPERATIONS_OF_AN_UPDATE = 2
 """The copies of a token's key and value; what a step needs besides is made for 16 steps, or for a page, at once."""
 
@@ -48,9 +50,10 @@ class Counter(TorchDispatchMode):
 
 
 @pytest.mark.default_window
-def test_operations_of_a_step(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"sink_tokens": 4}], ids=["default window", "sinks too"])
+def test_operations_of_a_step(llama: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
     monkeypatch.setattr(selection, "load_provider", lambda name: NoKernels())
-    cache = TurboQuantCache(llama.config, provider="none", center_keys=False)
+    cache = TurboQuantCache(llama.config, provider="none", center_keys=False, **options)
     module = llama.model.layers[0].self_attn
     keys, values, query = (torch.zeros(1, heads, 40, 32, dtype=torch.bfloat16) for heads in (2, 2, 4))
     cache.update(keys, values, 0)
@@ -61,5 +64,5 @@ def test_operations_of_a_step(llama: Any, monkeypatch: pytest.MonkeyPatch) -> No
             handles = cache.update(key, value, 0)
             assert counter.count <= MOST_OPERATIONS_OF_AN_UPDATE
             turboquant_attention(module, one, *handles, None, scaling=0.1)
-    assert counter.count <= MOST_OPERATIONS
+    assert counter.count <= MOST_OPERATIONS + (MORE_OF_SINKS if options else 0)
     assert cache.layers[0].counters.path == "fused"

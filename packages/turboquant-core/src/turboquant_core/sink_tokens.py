@@ -21,7 +21,12 @@ class SinkTokens:
     Attributes:
         starts: int64 ``[batch]``, first visible position as far as it is known.
         kept: keys and values ``[batch, kv_heads, count, d]``; tokens that have not come are zero.
+        settled_at: how many tokens it takes for all sinks to be among them; None as long as the host does not know.
+        stop: int32 ``[batch]``, position after the last sink; None as long as ``settled_at`` is.
     """
+
+    settled_at: int | None = None
+    stop: Tensor | None = None
 
     def __init__(self, count: int, keys: Tensor, values: Tensor) -> None:
         self.count = count
@@ -51,6 +56,23 @@ class SinkTokens:
             *(torch.where(coming, _pick(new, index), old) for new, old in zip((keys, values), self.kept, strict=True))
         )
 
+    def settle(self, length: int) -> None:
+        """Find out whether all sinks are among the first ``length`` tokens; the host waits for the device."""
+        if self.count:
+            stop = self.starts + self.count
+            last = int(stop.max())
+            if last <= length:
+                self.settled_at, self.stop = last, stop.int()
+
+    def unsettle(self, length: int) -> None:
+        """Only the first ``length`` tokens are left."""
+        if not self.are_settled(length):
+            self.settled_at = self.stop = None
+
+    def are_settled(self, length: int) -> bool:
+        """Whether all sinks are known to be among the first ``length`` tokens."""
+        return self.settled_at is not None and self.settled_at <= length
+
     def positions(self) -> Tensor:
         """Int64 ``[batch, count]``."""
         return self.starts.unsqueeze(1) + torch.arange(self.count, device=self.starts.device)
@@ -69,11 +91,16 @@ class SinkTokens:
 
     def select(self, indices: Tensor) -> SinkTokens:
         """Sequence ``i`` is a copy of sequence ``indices[i]``."""
-        return self._with(self.starts[indices], Gathered(*(x[indices] for x in self.kept)))
+        return self._with(
+            self.starts[indices],
+            Gathered(*(x[indices] for x in self.kept)),
+            None if self.stop is None else self.stop[indices],
+        )
 
     def to(self, device: torch.device | str) -> SinkTokens:
         """The same tokens on ``device``."""
-        return self._with(self.starts.to(device), Gathered(*(x.to(device) for x in self.kept)))
+        stop = None if self.stop is None else self.stop.to(device)
+        return self._with(self.starts.to(device), Gathered(*(x.to(device) for x in self.kept)), stop)
 
     def holding(self, starts: Tensor, kept: Gathered) -> SinkTokens:
         """Other tokens in the place, dtype and device of these."""
@@ -81,11 +108,13 @@ class SinkTokens:
 
     def snapshot(self) -> SinkTokens:
         """What is held now: no operation here writes into tensors, so they may be shared."""
-        return self._with(self.starts, self.kept)
+        return self._with(self.starts, self.kept, self.stop)
 
-    def _with(self, starts: Tensor, kept: Gathered) -> SinkTokens:
+    def _with(self, starts: Tensor, kept: Gathered, stop: Tensor | None = None) -> SinkTokens:
         other = SinkTokens.__new__(SinkTokens)
         other.count, other.starts, other.kept = self.count, starts, kept
+        if stop is not None:
+            other.settled_at, other.stop = self.settled_at, stop
         return other
 
 

@@ -91,7 +91,7 @@ class SplitPast(ABC):
             return self._attend_pages(query, seq_starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
         recent = self.plain_recent() if seq_starts is None and window is None and query.shape[2] == 1 else None
         if recent is not None:
-            packed = self.packed.attend(query, scaling=scaling, softcap=softcap)
+            packed = self.packed.attend(query, seq_starts=self.sinks.stop, scaling=scaling, softcap=softcap)
             return add_tokens(packed, query, *self._exact(recent), scaling=scaling, softcap=softcap, sinks=sinks)
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
         exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
@@ -100,7 +100,7 @@ class SplitPast(ABC):
         return merge_attended(self._attend_packed(query, starts, window, scaling=scaling, softcap=softcap), exact)
 
     def plain_recent(self) -> Gathered | None:
-        """The recent tokens, if the last query sees the packed tokens, one at least, and then these; None otherwise."""
+        """The recent tokens, if the last query sees all sinks, a packed token after them, and these; None otherwise."""
         return None
 
     def query_positions(self, q_len: int) -> Tensor:

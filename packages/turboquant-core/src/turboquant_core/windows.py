@@ -15,6 +15,9 @@ from .recent_tokens import RecentTokens
 from .sink_tokens import SinkTokens
 from .split_past import SplitPast
 
+_SETTLE_EVERY = 64
+"""Single steps after which the host asks once whether all sinks have come, if it does not know yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class Windows:
@@ -89,7 +92,10 @@ class WindowedPast(SplitPast):
 
     def plain_recent(self) -> Gathered | None:
         """See :meth:`SplitPast.plain_recent`."""
-        return self.recent if self.border and not self.sinks.count else None
+        # Sinks that are settled among fewer than the packed tokens leave one packed token, at least, to be seen.
+        return (
+            self.recent if self.border and (not self.sinks.count or self.sinks.are_settled(self.border - 1)) else None
+        )
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
         """As :meth:`PackedPast.read`; tokens in a window are exact."""
@@ -182,8 +188,8 @@ class WindowedSequences:
         dtype = self.packed.dtype
         if keys.dtype != dtype or values.dtype != dtype:
             keys, values = keys.to(dtype), values.to(dtype)
-        self.sinks.place(seq_starts, length)
-        self.sinks.take(keys, values, length)
+        if not self.sinks.are_settled(length):
+            self._take_sinks(keys, values, seq_starts)
         leaving = held + new - self.windows.unpacked(length + new, length - held)
         if held and new == leaving == 1 and not (keys.requires_grad or values.requires_grad):
             self.packed.add_rows(*self._recent.first(), 1)
@@ -195,6 +201,14 @@ class WindowedSequences:
             self.packed.add(*(x[:, :, :leaving] for x in both))
             # A view would keep the whole prompt alive.
             self._hold(*(x[:, :, leaving:].clone() for x in both))
+
+    def _take_sinks(self, keys: Tensor, values: Tensor, seq_starts: Tensor | None) -> None:
+        length = self.length
+        self.sinks.place(seq_starts, length)
+        self.sinks.take(keys, values, length)
+        # Not in each step: the host would wait for the device.
+        if keys.shape[2] > 1 or length % _SETTLE_EVERY == 0:
+            self.sinks.settle(length + keys.shape[2])
 
     def _shift(self, leaving: int, keys: Tensor, values: Tensor) -> None:
         """Pack the first ``leaving`` recent tokens and add new ones, with no copy but the window's own."""
@@ -224,6 +238,7 @@ class WindowedSequences:
             raise ValueError(f"exact tokens {tuple(recent_keys.shape)} and sinks {tuple(sink_keys.shape)} do not fit")
         self._hold(*(x.to(self.packed.device, self.packed.dtype) for x in recent))
         self.sinks = self.sinks.holding(sink_starts, sinks)
+        self.sinks.settle(self.length)
 
     def past(self) -> WindowedPast:
         """What is held now."""
@@ -238,6 +253,7 @@ class WindowedSequences:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop to {length} tokens: the cache holds {self.length}")
         border = min(self.packed.length, length)
+        self.sinks.unsettle(length)
         self._hold(*(x[:, :, : length - border].clone() for x in self.recent))
         self.packed.crop(border)
 
