@@ -231,3 +231,29 @@ def test_slots(page_size: int, pages: list[int], position: list[int]) -> None:
     assert got.tolist() == expected
     assert got.dtype == torch.int64
     assert slots_at(tables[1], torch.tensor(position, dtype=torch.int64), page_size).tolist() == expected[1]
+
+
+class Watched(ReferenceProvider):
+    """Remembers the last slot mapping."""
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, pages: Any, slot_mapping: torch.Tensor, codec: Any) -> None:
+        """See :meth:`KernelProvider.store`."""
+        self.slots = slot_mapping
+        super().store(key, value, pages, slot_mapping, codec)
+
+
+def test_slots_of_single_steps() -> None:
+    """Through pages, after a crop and with other numbers of sequences; kernels get pointers of one alignment."""
+    provider = Watched()
+    sequences = PackedSequences(3, CacheCodec.create(LAYOUT), provider, torch.float32)
+    sequences.append(*vectors(13, 3))
+    for step in range(40):
+        if step == 20:
+            sequences.crop(30)
+        if step in (10, 25):
+            sequences.select(torch.tensor([0, 1, 1, 0] if step == 10 else [2]))
+        sequences.append(*vectors(1, sequences.batch, step))
+        last = torch.tensor([sequences.length - 1])
+        assert torch.equal(provider.slots, slots_at(sequences.past().block_table, last, 16).flatten())
+        assert provider.slots.data_ptr() % 16 == 0
+        assert provider.slots.is_contiguous()

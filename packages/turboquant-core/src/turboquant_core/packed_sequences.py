@@ -19,6 +19,10 @@ _GROWTH = 8
 """New room is at least one part in this of what is there: appending one by one copies O(n) bytes in all."""
 
 
+_NO_SLOTS: tuple[int, tuple[Tensor, ...]] = (-1, ())
+"""A page, and the slots of each of its tokens, of all sequences: of none."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryFigures:
     """Bytes of a cache.
@@ -197,10 +201,7 @@ class PackedSequences:
         self.length = 0
         self._pages = torch.zeros(self.layout.pages_shape(0), dtype=torch.uint8, device=codec.key.device)
         self._block_table = self._table(batch, 0)
-        self._forget_slots()
-
-    def _forget_slots(self) -> None:
-        self._page_slots: tuple[int, tuple[Tensor, ...]] = (-1, ())
+        self._page_slots = _NO_SLOTS
 
     @property
     def layout(self) -> PageLayout:
@@ -262,7 +263,7 @@ class PackedSequences:
         pool = self._pages.view(capacity, self.batch, *self._pages.shape[1:])
         self._pages = pool.index_select(1, indices.to(self.device)).flatten(0, 1)
         self._block_table = self._table(len(indices), capacity)
-        self._forget_slots()
+        self._page_slots = _NO_SLOTS
 
     def memory(self) -> MemoryFigures:
         """True bytes, scales included."""
@@ -284,7 +285,7 @@ class PackedSequences:
         """Move the pages; nothing but another move works while they are not where the codec is."""
         self._pages = self._pages.to(device)
         self._block_table = self._block_table.to(device)
-        self._forget_slots()
+        self._page_slots = _NO_SLOTS
 
     def drop(self, pages: int) -> None:
         """Forget the first ``pages`` full pages of every sequence: later tokens move to the front.
@@ -318,6 +319,10 @@ class PackedSequences:
         self._block_table = self._table(self.batch, expected[0])
         self.length = length
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own when it steps.
+        return {**vars(self), "_page_slots": _NO_SLOTS}
+
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Raise ``ValueError`` unless both may be appended."""
         check_appended(keys, values, self.batch, self.layout)
@@ -344,8 +349,13 @@ class PackedSequences:
         """Of the next token of each sequence: made for a page at once, so that a step costs the host nothing."""
         page, offset = divmod(self.length, self.layout.page_size)
         if self._page_slots[0] != page:
-            # Page p of sequence b is p * batch + b, so that it takes no look-up.
-            size = self.batch * self.layout.page_size
-            slots = torch.arange(page * size, (page + 1) * size, device=self.device)
-            self._page_slots = page, slots.view(self.batch, -1).t().contiguous().unbind(0)
+            self._page_slots = page, self._slots_of(page)
         return self._page_slots[1][offset]
+
+    def _slots_of(self, page: int) -> tuple[Tensor, ...]:
+        # Page p of sequence b is p * batch + b, so that it takes no look-up.
+        size = self.batch * self.layout.page_size
+        by_sequence = torch.arange(page * size, (page + 1) * size, device=self.device).view(self.batch, -1)
+        # Each begins at a multiple of 16 bytes: kernels are compiled anew for pointers that do not.
+        slots = by_sequence.new_empty(self.layout.page_size, self.batch + self.batch % 2)[:, : self.batch]
+        return slots.copy_(by_sequence.t()).unbind(0)
