@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from turboquant_core import LayoutError, TurboQuantMSE, format_codebook
+from turboquant_core import LayoutError, TurboQuantMSE, TurboQuantOutliers, TurboQuantProd, format_codebook
+from turboquant_core.trellis import TurboQuantTrellis
 
 
 @pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 4])
@@ -74,6 +75,21 @@ def test_a_scale_rule_does_not_matter_to_a_reader() -> None:
 def test_other_seeds_are_refused(seed: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"seed is {seed!r}; it must be an integer from 0 to")):
         TurboQuantMSE(64, 4, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "kind"),
+    [
+        (TurboQuantMSE(64, 4), "CompressedTensor"),
+        (TurboQuantTrellis(64, 2), "CompressedTensor"),
+        (TurboQuantProd(64, 3), "ProdTensor"),
+        (TurboQuantOutliers(torch.arange(16), 64), "SplitTensor"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_was_not_encoded_is_not_decoded(quantizer: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"decoded is what encode\(\) gave, a {kind}; this is a Tensor"):
+        quantizer.decode(torch.zeros(2, 64))
 
 
 def test_numbers_of_numpy_are_taken() -> None:

@@ -41,6 +41,12 @@ class Coding:
             )
 
 
+def check_encoded(value: object, kind: type) -> None:
+    """Raise ``ValueError`` for what no ``encode`` of the quantizer gave."""
+    if not isinstance(value, kind):
+        raise ValueError(f"decoded is what encode() gave, a {kind.__name__}; this is a {type(value).__name__}")
+
+
 def center_digest(center: Tensor | None) -> str | None:
     """SHA-256 of a centre's float32 numbers, hexadecimal; None without a centre."""
     if center is None:

@@ -155,10 +155,12 @@ def supported_order(order: int) -> bool:
 def _known_plan(order: int) -> tuple[int, _Construction, int]:
     plan = _plan(order)
     if plan is None:
-        near = sorted(filter(supported_order, range(1, _LARGEST + 1)), key=lambda n: abs(n - order))[:2]
+        below = next(filter(supported_order, range(min(order, _LARGEST), 0, -1)), None)
+        above = next(filter(supported_order, range(max(order, 1), _LARGEST + 1)), None)
+        near = [str(other) for other in (below, above) if other is not None]
         raise LayoutError(
             f"head_dim is {order}; the rotation needs an order with a known Hadamard matrix up to {_LARGEST}, "
-            f"the nearest are {' and '.join(map(str, sorted(near)))}: {OTHER_HEAD_DIM}"
+            f"here {' or '.join(near)}: {OTHER_HEAD_DIM}"
         )
     return plan
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_integers, check_tensors
-from .compressed import CompressedTensor, compression_ratio
+from .compressed import CompressedTensor, check_encoded, compression_ratio
 from .quantizer import TurboQuantMSE
 from .scale import ScaleRule
 
@@ -136,6 +136,7 @@ class TurboQuantOutliers:
         Raises:
             ValueError: ``packed`` was packed with other channels, another layout or seed.
         """
+        check_encoded(packed, SplitTensor)
         if packed.channels != self._chosen:
             raise ValueError(
                 f"these vectors were packed with the outlier channels {packed.channels}, this quantizer reads "

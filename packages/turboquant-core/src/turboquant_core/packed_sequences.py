@@ -175,7 +175,10 @@ class PackedPast:
         """Raise ``ValueError`` unless ``query`` is of this batch and of at most ``length`` tokens."""
         batch = self.block_table.shape[0]
         if query.dim() != 4 or query.shape[0] != batch or query.shape[2] > length:
-            raise ValueError(f"query has shape {tuple(query.shape)}; the cache has batch {batch} and {length} tokens")
+            raise ValueError(
+                f"query has shape {tuple(query.shape)}; the cache has batch {batch} and {length} tokens: "
+                f"append theirs first, and pass [{batch}, q_heads, at most {length}, head_dim]"
+            )
 
 
 class PackedSequences:

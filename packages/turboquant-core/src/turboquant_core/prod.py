@@ -17,7 +17,7 @@ from torch import Tensor
 from .arguments import check_device, check_tensors
 from .bits import pack_bits, unpack_bits
 from .codebook import lloyd_max
-from .compressed import compression_ratio
+from .compressed import check_encoded, compression_ratio
 from .gaussian import normal_numbers
 from .integers import integer, integer_of
 from .rotated import power_of_two
@@ -169,6 +169,7 @@ class TurboQuantProd:
 
     def _codes(self, packed: ProdTensor) -> Tensor:
         """int64 ``[..., head_dim]``."""
+        check_encoded(packed, ProdTensor)
         made, read = ((x.head_dim, x.bits, x.seed) for x in (packed, self))
         if made != read:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .codec import KEY_STREAM, Codec
-from .compressed import Coding, CompressedTensor
+from .compressed import Coding, CompressedTensor, check_encoded
 from .layout import Form, VectorLayout
 from .reference import ReferenceProvider
 from .rotation import check_seed
@@ -74,7 +74,8 @@ class TurboQuantMSE:
         """Reconstruct ``[..., head_dim]`` in the dtype that was encoded.
 
         Raises:
-            ValueError: ``compressed`` was packed with another layout, form or seed.
+            ValueError: ``compressed`` is none, or was packed with another layout, form or seed.
         """
+        check_encoded(compressed, CompressedTensor)
         compressed.coding.check_reader(self.coding)
         return self._operations.decode(compressed.packed, self.codec, compressed.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..codec import KEY_STREAM, check_center_shape
-from ..compressed import Coding, CompressedTensor, center_digest
+from ..compressed import Coding, CompressedTensor, center_digest, check_encoded
 from ..integers import integer
 from ..provider import Packed
 from ..reference.vectors import check_vectors
@@ -115,6 +115,7 @@ class TurboQuantTrellis:
         return scaling * (rotated @ self._decode_rotated(keys).transpose(-1, -2))
 
     def _decode_rotated(self, compressed: CompressedTensor) -> Tensor:
+        check_encoded(compressed, CompressedTensor)
         compressed.coding.check_reader(self.coding)
         path, free = unpack_planes(compressed.packed.codes, self.layout)
         return self._levels(path, free) * compressed.packed.scales.to(torch.float32).unsqueeze(-1)
