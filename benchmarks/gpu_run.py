@@ -97,7 +97,7 @@ STEPS = {
         "-k",
         "test_quantize or scale_rule or few_values or (TestPermuteHalf and (attend or store or encode))",
     ),
-    "kernels": Step(("benchmarks/kernels.py", "--page-sizes", "128", "--json", "{out}/kernels.json"), 420, True),
+    "kernels": Step(("benchmarks/kernels.py", "--processes", "{workers}", "--json", "{out}/kernels.json"), 420, True),
     "sweep-128": sweep(240, "4/128/4", "3/128/4", "2/128/4"),
     "sweep-store": sweep(90, "store/4/128", "store/3/128"),
     "sweep-other": sweep(240, "4/64/4", "3/256/4", "4/128/16", "3/64/4", "2/64/4"),

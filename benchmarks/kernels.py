@@ -17,9 +17,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from report import table, write_json
@@ -254,8 +256,8 @@ def sweep_class(
     return sweep_attend(packed_step(provider, shape, bits, page_size, allocate=True), single_warps, share)
 
 
-def compile_swept(arguments: argparse.Namespace) -> None:
-    """Fill Triton's cache with what a sweep takes, in several processes: compilation takes far longer than timing."""
+def compile_first(arguments: argparse.Namespace) -> None:
+    """Fill Triton's cache with what is timed, in several processes: compilation takes far longer than timing."""
     command = [sys.executable, *sys.argv]
     shares = [[*command, "--share", str(share)] for share in range(arguments.processes)]
     running = [subprocess.Popen(share, stdout=subprocess.DEVNULL) for share in shares]
@@ -321,7 +323,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--report", action="store_true", help="only print the tables of the JSON file and draw its plot"
     )
-    parser.add_argument("--processes", type=int, default=1, help="of --sweep: compile in so many beside one another")
+    parser.add_argument("--processes", type=int, default=1, help="compile in so many beside one another, then time")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     classes = "classes bits/head_dim/group[/batch/context] or store/bits/head_dim[/tokens]"
     help_text = f"try launch parameters of {classes}; {' '.join(SWEPT)}"
@@ -334,13 +336,37 @@ def parsed() -> argparse.Namespace:
 
 def vector_operations(
     provider: KernelProvider, page_size: int, bandwidth: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of storing, encoding and decoding."""
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """What gives the rows of storing, encoding and decoding."""
     for tokens, head_dim, bits, rule in product((APPEND_TOKENS, PREFILL_TOKENS), HEAD_DIMS, BITS, SCALE_RULES):
         layout = page_layout(Shape(1, tokens, head_dim=head_dim), bits, page_size)
-        yield "store", store(provider, tokens, layout, rule, bandwidth)
+        yield "store", partial(store, provider, tokens, layout, rule, bandwidth)
     for head_dim, bits, rule in product(HEAD_DIMS, BITS, SCALE_RULES):
-        yield "vectors", vectors(provider, head_dim, bits, rule, bandwidth)
+        yield "vectors", partial(vectors, provider, head_dim, bits, rule, bandwidth)
+
+
+def shapes(page_sizes: list[int]) -> Iterator[tuple[int, Shape]]:
+    """Page size and shape of each row of attention: all shapes with the first page size, some with the others."""
+    for page_size in page_sizes:
+        for shape in SHAPES if page_size == page_sizes[0] else SHAPES[:6]:
+            yield page_size, shape
+
+
+def run_once(provider: KernelProvider, page_sizes: list[int]) -> Iterator[Callable[[], Any]]:
+    """Every call of ours that is timed, without its timing."""
+    for (page_size, shape), bits in product(shapes(page_sizes), BITS):
+        yield lambda shape=shape, bits=bits, page_size=page_size: packed_step(provider, shape, bits, page_size)()
+    for _, row in vector_operations(provider, page_sizes[0], 1.0):
+        yield row
+
+
+def compile_share(provider: KernelProvider, arguments: argparse.Namespace) -> None:
+    """Run what falls to ``--share`` of ``--processes``, so that it is compiled."""
+    calls = run_once(provider, arguments.page_sizes)
+    with mock.patch(f"{__name__}.microseconds", lambda work: work()):
+        for call in islice(calls, arguments.share, None, arguments.processes):
+            call()
+            torch.cuda.empty_cache()
 
 
 def measure(provider: KernelProvider, arguments: argparse.Namespace) -> None:
@@ -350,13 +376,12 @@ def measure(provider: KernelProvider, arguments: argparse.Namespace) -> None:
     absent: dict[str, str] = {}
     results: dict[str, Any] = {"bandwidth": bandwidth, "absent": absent, "store": [], "vectors": []}
     first = arguments.page_sizes[0]
-    for page_size in arguments.page_sizes:
-        results[f"attention_page_{page_size}"] = rows = []
-        for shape in SHAPES if page_size == first else SHAPES[:6]:
-            rows.append(attention(provider, shape, page_size, bandwidth, arguments.fa3, absent))
-            write_json(arguments.json, results)
+    for page_size, shape in shapes(arguments.page_sizes):
+        rows = results.setdefault(f"attention_page_{page_size}", [])
+        rows.append(attention(provider, shape, page_size, bandwidth, arguments.fa3, absent))
+        write_json(arguments.json, results)
     for name, row in vector_operations(provider, first, bandwidth):
-        results[name].append(row)
+        results[name].append(row())
         write_json(arguments.json, results)
     packed = [name for name in contenders(SHAPES[0], None) if name not in REFERENCES]
     for row, shape in zip(results[f"attention_page_{first}"], SHAPES, strict=True):
@@ -398,13 +423,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: these figures are of a GPU")
     provider = load_provider(arguments.provider)
+    if arguments.processes > 1 and arguments.share is None:
+        compile_first(arguments)
     if arguments.sweep is not None:
-        if arguments.processes > 1 and arguments.share is None:
-            compile_swept(arguments)
         sweep_all(provider, arguments)
-        return
-    measure(provider, arguments)
-    report(arguments)
+    elif arguments.share is not None:
+        compile_share(provider, arguments)
+    else:
+        measure(provider, arguments)
+        report(arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kernels, "microseconds", lambda work: float(work() is not None))
     results: dict[str, list[dict[str, Any]]] = {"store": [], "vectors": []}
     for name, row in kernels.vector_operations(ReferenceProvider(), 16, 1e12):
-        results[name].append(row)
+        results[name].append(row())
     target = tmp_path / "kernels.json"
     target.write_text(json.dumps({"results": results}))
     return target
@@ -66,6 +67,18 @@ def test_storing_and_encoding_are_timed_with_searched_and_with_nearest_codes(wri
     ]
     assert all(row["store"] == 1 and row["limit"] > 0 for row in results["store"])
     assert all(row["encode"] == row["decode"] == 1 for row in results["vectors"])
+
+
+def test_processes_share_what_is_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[int] = []
+    count = 3 * (len(kernels.SHAPES) + 6) + 54
+    calls = list(kernels.run_once(ReferenceProvider(), [128, 16]))
+    assert len(calls) == count
+    numbered = [lambda number=number: run.append(number) for number in range(count)]
+    monkeypatch.setattr(kernels, "run_once", lambda *_: iter(numbered))
+    for share in range(4):
+        kernels.compile_share(ReferenceProvider(), argparse.Namespace(page_sizes=[128, 16], share=share, processes=4))
+    assert sorted(run) == list(range(count))
 
 
 def test_the_rules_give_other_codes(monkeypatch: pytest.MonkeyPatch) -> None:
