@@ -235,10 +235,26 @@ def store(
     }
 
 
+def attend_class(name: str) -> tuple[int, Shape]:
+    """Bits and shape of a class ``bits/head_dim/group[/batch/context]``."""
+    bits, head_dim, group, batch, context = (*(int(part) for part in name.split("/")), 8, 32768)[:5]
+    return bits, Shape(batch, context, group, head_dim)
+
+
+def class_step(provider: KernelProvider, name: str, page_size: int) -> Callable[[], Tensor]:
+    """What a class runs: of :func:`attend_class`, or of ``store/bits/head_dim[/tokens]``."""
+    if name.startswith("store/"):
+        bits, head_dim, tokens = (*(int(part) for part in name.split("/")[1:]), PREFILL_TOKENS)[:3]
+        layout = page_layout(Shape(1, tokens, head_dim=head_dim), bits, page_size)
+        return store_step(provider, tokens, layout)[0]
+    bits, shape = attend_class(name)
+    return packed_step(provider, shape, bits, page_size, allocate=True)
+
+
 def sweep_class(
     provider: KernelProvider, name: str, page_size: int, share: tuple[int, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Launch parameters of ``bits/head_dim/group[/batch/context]``, or of ``store/bits/head_dim[/tokens]``.
+    """Launch parameters of a class.
 
     With a ``share`` (number, of how many), only that one is run, once and without timing, so that it is compiled.
     """
@@ -246,14 +262,12 @@ def sweep_class(
 
     from turboquant_triton.support import single_warps_supported
 
+    step = class_step(provider, name, page_size)
     if name.startswith("store/"):
-        bits, head_dim, tokens = (*(int(part) for part in name.split("/")[1:]), PREFILL_TOKENS)[:3]
-        layout = page_layout(Shape(1, tokens, head_dim=head_dim), bits, page_size)
-        return sweep_store(store_step(provider, tokens, layout)[0], share)
-    bits, head_dim, group, batch, context = (*(int(part) for part in name.split("/")), 8, 32768)[:5]
-    shape = Shape(batch, context, group, head_dim)
-    single_warps = single_warps_supported(page_layout(shape, bits, page_size), max(8, group))
-    return sweep_attend(packed_step(provider, shape, bits, page_size, allocate=True), single_warps, share)
+        return sweep_store(step, share)
+    bits, shape = attend_class(name)
+    single_warps = single_warps_supported(page_layout(shape, bits, page_size), max(8, shape.group))
+    return sweep_attend(step, single_warps, share)
 
 
 def compile_first(arguments: argparse.Namespace) -> None:
@@ -328,6 +342,7 @@ def parsed() -> argparse.Namespace:
     classes = "classes bits/head_dim/group[/batch/context] or store/bits/head_dim[/tokens]"
     help_text = f"try launch parameters of {classes}; {' '.join(SWEPT)}"
     parser.add_argument("--sweep", nargs="*", metavar="CLASS", help=help_text)
+    parser.add_argument("--once", nargs="+", metavar="CLASS", help="only run classes once, for a profiler")
     arguments = parser.parse_args()
     name = "kernels.json" if arguments.sweep is None else "kernels_sweep.json"
     arguments.json = arguments.json or HERE / "results" / name
@@ -423,6 +438,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: these figures are of a GPU")
     provider = load_provider(arguments.provider)
+    if arguments.once:
+        for name in arguments.once:
+            class_step(provider, name, arguments.page_sizes[0])()
+        return
     if arguments.processes > 1 and arguments.share is None:
         compile_first(arguments)
     if arguments.sweep is not None:

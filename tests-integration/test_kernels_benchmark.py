@@ -81,6 +81,19 @@ def test_processes_share_what_is_to_be_compiled(monkeypatch: pytest.MonkeyPatch)
     assert sorted(run) == list(range(count))
 
 
+@pytest.mark.parametrize(
+    ("name", "bits", "shape"),
+    [("3/64/2/2/40", 3, kernels.Shape(2, 40, 2, 64)), ("2/128/16", 2, kernels.Shape(8, 32768, 16, 128))],
+)
+def test_a_class_of_attention_names_its_shape(name: str, bits: int, shape: kernels.Shape) -> None:
+    assert kernels.attend_class(name) == (bits, shape)
+
+
+def test_a_class_of_storing_names_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    assert kernels.class_step(ReferenceProvider(), "store/3/64/33", 16)().shape[0] == 3
+
+
 def test_the_rules_give_other_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
     layout = kernels.page_layout(kernels.Shape(1, 40, head_dim=64), 4, 16)
