@@ -22,8 +22,8 @@ NOTES = """
 bytes: keys and values of all layers, scales included; packed caches keep the last 16 tokens in 16 bits. KL divergence
 (nats per token) and same top token: the text after the prompt, scored through each cache against the 16-bit cache. same
 text: generated tokens before the first that differs; one close call changes all that follow, so the divergence says
-more. tokens/s: of the median step, on this machine, where the PyTorch reference decodes the cache at each step; times
-vary from run to run and from machine to machine. The speed of packed attention comes with a GPU kernel provider."""
+more. tokens/s: of the median step, where the PyTorch reference decodes the cache at each step; times vary from run to run
+and from machine to machine. The speed of packed attention comes with a GPU kernel provider."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,13 +35,14 @@ def parse_arguments() -> argparse.Namespace:
         "--score", type=int, default=256, help="tokens of the text that follow, for the quality figures"
     )
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=HERE / "output", help="folder for the plot")
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         parser.error(f"--model {arguments.model} is no folder of a Transformers model: it has no config.json")
     if not arguments.text.is_file():
         parser.error(f"--text {arguments.text} is no file")
-    for name, least in {"context": 1, "score": 1, "new_tokens": 2}.items():
+    for name, least in {"context": 1, "score": 1, "new_tokens": 2, "threads": 1}.items():
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least {least}")
     return arguments
@@ -78,6 +79,8 @@ def print_table(results: list[Result]) -> None:
 def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
+    # So small a model gains nothing from more, and they wait for one another where anything else runs beside them.
+    torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model)
     text = arguments.text.read_text(encoding="utf-8")
     sample = Sample.take(tokenizer, text, arguments.context, arguments.score, arguments.new_tokens)

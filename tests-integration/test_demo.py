@@ -73,7 +73,9 @@ def test_speeds_are_positive_and_called_variable(output: str) -> None:
     assert "vary from run to run and from machine to machine" in " ".join(output.split())
 
 
-@pytest.mark.parametrize("arguments", [["--model", "nowhere"], ["--text", "nowhere.txt"], ["--new-tokens", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--model", "nowhere"], ["--text", "nowhere.txt"], ["--new-tokens", "1"], ["--threads", "0"]]
+)
 def test_wrong_arguments_are_one_line(arguments: list[str]) -> None:
     command = [sys.executable, "examples/demo.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
