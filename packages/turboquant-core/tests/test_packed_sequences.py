@@ -257,3 +257,20 @@ def test_slots_of_single_steps() -> None:
         assert torch.equal(provider.slots, slots_at(sequences.past().block_table, last, 16).flatten())
         assert provider.slots.data_ptr() % 16 == 0
         assert provider.slots.is_contiguous()
+
+
+def test_seq_lens_at_hand_are_those_of_what_is_held() -> None:
+    sequences = filled(14, 3)
+    for step in range(6):
+        sequences.append(*vectors(1, 3, step))
+        past = sequences.past()
+        assert past.seq_lens is not None
+        assert past.seq_lens.tolist() == [past.length] * 3
+        assert past.seq_lens.data_ptr() % 16 == 0
+    sequences.crop(17)
+    assert sequences.past().seq_lens.tolist() == [17] * 3  # type: ignore[union-attr]
+    sequences.crop(14)
+    assert sequences.past().seq_lens is None
+    sequences.select(torch.tensor([1]))
+    sequences.append(*vectors(1, 1))
+    assert sequences.past().seq_lens.tolist() == [15]  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ from turboquant_core import Attended, CacheCodec, KernelRequest, ReferenceProvid
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import turboquant_attention
 
-MOST_OPERATIONS = 32
+MOST_OPERATIONS = 30
 """Of an update and its attention with the default window: views count too, and two of :class:`NoKernels`."""
 MORE_OF_SINKS = 2
 """Sinks are put before the recent keys and values."""

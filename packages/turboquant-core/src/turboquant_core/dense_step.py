@@ -38,9 +38,12 @@ def add_tokens(
     batch, kv_heads, length, head_dim = keys.shape
     rows = batch * kv_heads
     # Products of three axes: with four, each is half a dozen operations, and the host waits for them.
-    grouped = (query.float() * scaling).reshape(rows, -1, head_dim)
-    scores = torch.bmm(grouped, keys.float().reshape(rows, length, head_dim).transpose(1, 2))
-    columns = [soft_capped(scores, softcap), part.lse.reshape(rows, -1, 1)]
+    grouped = query.float().reshape(rows, -1, head_dim)
+    of_part = part.lse.reshape(rows, -1, 1)
+    by_head = keys.float().reshape(rows, length, head_dim).transpose(1, 2)
+    # With beta 0 the first argument gives nothing but a shape.
+    scores = torch.baddbmm(of_part, grouped, by_head, beta=0, alpha=scaling)
+    columns = [soft_capped(scores, softcap), of_part]
     if sinks is not None:
         columns.append(sinks.float().view(1, kv_heads, -1, 1).expand(batch, -1, -1, -1).flatten(0, 1))
     log_weights = torch.log_softmax(torch.cat(columns, -1), -1)

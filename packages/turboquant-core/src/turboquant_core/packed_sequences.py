@@ -12,15 +12,12 @@ from .arguments import check_tensors
 from .codec import CacheCodec
 from .integers import integer
 from .layout import PageLayout
+from .page_steps import NO_STEPS, PageSteps
 from .provider import Attended, Gathered, KernelProvider
 from .slots import slots_at
 
 _GROWTH = 8
 """New room is at least one part in this of what is there: appending one by one copies O(n) bytes in all."""
-
-
-_NO_SLOTS: tuple[int, tuple[Tensor, ...]] = (-1, ())
-"""A page, and the slots of each of its tokens, of all sequences: of none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +78,7 @@ class PackedPast:
         length: tokens of each sequence.
         codec: the layer's codecs.
         provider: who computes.
+        seq_lens: int32 ``[batch]``, ``length`` each, where it is at hand.
     """
 
     pages: Tensor
@@ -88,6 +86,7 @@ class PackedPast:
     length: int
     codec: CacheCodec
     provider: KernelProvider
+    seq_lens: Tensor | None = None
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
         """Decoded keys and values ``[batch, kv_heads, stop - start, head_dim]``.
@@ -131,7 +130,7 @@ class PackedPast:
         return self._attend(
             query,
             self.block_table,
-            self._lengths(self.length if end is None else end),
+            self._lengths(end),
             scaling=scaling,
             seq_starts=seq_starts,
             window=window,
@@ -157,7 +156,10 @@ class PackedPast:
         rows = self.block_table.repeat_interleave(query.shape[2], dim=0)
         return self._attend(query, rows, seq_lens, scaling=scaling, seq_starts=seq_starts, softcap=softcap)
 
-    def _lengths(self, end: int | Tensor) -> Tensor:
+    def _lengths(self, end: int | Tensor | None) -> Tensor:
+        if self.seq_lens is not None and (end is None or (isinstance(end, int) and end == self.length)):
+            return self.seq_lens
+        end = self.length if end is None else end
         batch = self.block_table.shape[0]
         if isinstance(end, Tensor):
             return end.to(torch.int32).expand(batch).contiguous()
@@ -204,7 +206,7 @@ class PackedSequences:
         self.length = 0
         self._pages = torch.zeros(self.layout.pages_shape(0), dtype=torch.uint8, device=codec.key.device)
         self._block_table = self._table(batch, 0)
-        self._page_slots = _NO_SLOTS
+        self._steps = NO_STEPS
 
     @property
     def layout(self) -> PageLayout:
@@ -248,7 +250,7 @@ class PackedSequences:
 
     def past(self) -> PackedPast:
         """What is held now."""
-        return PackedPast(self._pages, self._block_table, self.length, self.codec, self.provider)
+        return PackedPast(self._pages, self._block_table, self.length, self.codec, self.provider, self._seq_lens())
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens of every sequence.
@@ -266,7 +268,7 @@ class PackedSequences:
         pool = self._pages.view(capacity, self.batch, *self._pages.shape[1:])
         self._pages = pool.index_select(1, indices.to(self.device)).flatten(0, 1)
         self._block_table = self._table(len(indices), capacity)
-        self._page_slots = _NO_SLOTS
+        self._steps = NO_STEPS
 
     def memory(self) -> MemoryFigures:
         """True bytes, scales included."""
@@ -288,7 +290,7 @@ class PackedSequences:
         """Move the pages; nothing but another move works while they are not where the codec is."""
         self._pages = self._pages.to(device)
         self._block_table = self._block_table.to(device)
-        self._page_slots = _NO_SLOTS
+        self._steps = NO_STEPS
 
     def drop(self, pages: int) -> None:
         """Forget the first ``pages`` full pages of every sequence: later tokens move to the front.
@@ -324,7 +326,7 @@ class PackedSequences:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own when it steps.
-        return {**vars(self), "_page_slots": _NO_SLOTS}
+        return {**vars(self), "_steps": NO_STEPS}
 
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Raise ``ValueError`` unless both may be appended."""
@@ -349,16 +351,12 @@ class PackedSequences:
         return slots_at(self._block_table, position, self.layout.page_size).flatten()
 
     def _step_slots(self) -> Tensor:
-        """Of the next token of each sequence: made for a page at once, so that a step costs the host nothing."""
         page, offset = divmod(self.length, self.layout.page_size)
-        if self._page_slots[0] != page:
-            self._page_slots = page, self._slots_of(page)
-        return self._page_slots[1][offset]
+        if self._steps.page != page:
+            self._steps = PageSteps.of(page, self.batch, self.layout.page_size, self.device)
+        return self._steps.slots[offset]
 
-    def _slots_of(self, page: int) -> tuple[Tensor, ...]:
-        # Page p of sequence b is p * batch + b, so that it takes no look-up.
-        size = self.batch * self.layout.page_size
-        by_sequence = torch.arange(page * size, (page + 1) * size, device=self.device).view(self.batch, -1)
-        # Each begins at a multiple of 16 bytes: kernels are compiled anew for pointers that do not.
-        slots = by_sequence.new_empty(self.layout.page_size, self.batch + self.batch % 2)[:, : self.batch]
-        return slots.copy_(by_sequence.t()).unbind(0)
+    def _seq_lens(self) -> Tensor | None:
+        """Of what is held, if a step has made them."""
+        page, offset = divmod(self.length - 1, self.layout.page_size)
+        return self._steps.seq_lens[offset] if self.length and self._steps.page == page else None
