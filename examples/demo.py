@@ -22,8 +22,8 @@ NOTES = """
 bytes: keys and values of all layers, scales included; packed caches keep the last 16 tokens in 16 bits. KL divergence
 (nats per token) and same top token: the text after the prompt, scored through each cache against the 16-bit cache. same
 text: generated tokens before the first that differs; one close call changes all that follow, so the divergence says
-more. tokens/s: of the median step, where the PyTorch reference decodes the cache at each step; times vary from run to run
-and from machine to machine. The speed of packed attention comes with a GPU kernel provider."""
+more. tokens/s: of the median step, where the PyTorch reference decodes the cache at each step; times vary from run to
+run and from machine to machine. The speed of packed attention comes with a GPU kernel provider."""
 
 
 def parse_arguments() -> argparse.Namespace:

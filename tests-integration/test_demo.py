@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 CONTEXT, NEW = 96, 4
 CONFIG = json.loads((ROOT / "examples" / "models" / "tiny" / "config.json").read_text())
 ROW = re.compile(r"^(16|4|3|2)-bit cache +(\d+) +([\d.]+)x +(\S+) ", flags=re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+README_ROW = re.compile(r"^\| (16|4|3|2)-bit cache \| (\d+) \| ([\d.]+)x \|", flags=re.MULTILINE)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -46,8 +48,20 @@ def output(folder: Path) -> str:
 
 def test_bytes_and_compression_are_true(output: str) -> None:
     rows = {int(bits): (int(size), float(ratio)) for bits, size, ratio, _ in ROW.findall(output)}
+    assert_bytes(rows, CONTEXT, NEW)
+
+
+def test_bytes_of_the_readme_are_those_of_its_context() -> None:
+    """The quality beside them needs the whole demo, which no test runs."""
+    rows = {int(bits): (int(size), float(ratio)) for bits, size, ratio in README_ROW.findall(README)}
+    context = re.search(r"After a prompt of (\d+) tokens", README)
+    assert context is not None
+    assert_bytes(rows, int(context[1]), 64)
+
+
+def assert_bytes(rows: dict[int, tuple[int, float]], context: int, new: int) -> None:
     assert list(rows) == [16, 4, 3, 2]
-    held = CONTEXT + NEW - 1  # the last token is not fed
+    held = context + new - 1  # the last token is not fed
     stock = held * token_bytes(16)
     assert rows[16] == (stock, 1.0)
     center = CONFIG["num_key_value_heads"] * CONFIG["head_dim"] * 4  # of the keys of a layer, where they have an offset
