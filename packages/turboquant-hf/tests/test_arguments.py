@@ -15,10 +15,12 @@ from turboquant_hf import (
     TurboQuantCache,
     TurboQuantStaticCache,
     check_model_compatibility,
+    measure_shaping,
     patch_model,
     presets,
     turboquant,
     unpatch_model,
+    verify_model,
 )
 from turboquant_hf.arguments import option_names
 
@@ -32,7 +34,15 @@ def enter(model: Any, *arguments: Any, **options: Any) -> None:
         pass
 
 
-TAKE_A_MODEL = [patch_model, enter, check_model_compatibility, unpatch_model]
+def verify(model: Any) -> None:
+    verify_model(model, lambda: pytest.fail("made a cache"))
+
+
+def measure(model: Any) -> None:
+    measure_shaping(model, torch.zeros(1, 2, dtype=torch.int64))
+
+
+TAKE_A_MODEL = [patch_model, enter, check_model_compatibility, unpatch_model, verify, measure]
 NO_MODEL: dict[str, tuple[Any, str]] = {
     "path": (
         "models/llama",
@@ -51,6 +61,24 @@ def test_what_is_no_model(function: Callable[..., Any], what: str) -> None:
     value, message = NO_MODEL[what]
     with pytest.raises(ValueError, match=message):
         function(value)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("text", r"calibration is the string 'text': pass token ids, such as tokenizer\(text, return_tensors='pt'\)"),
+        ([[1, 2]], "calibration is a list: pass token ids"),
+        (
+            torch.ones(3, dtype=torch.int64),
+            r"calibration is torch\.int64 \(3,\): pass token ids, integers \[batch, tokens",
+        ),
+        (torch.ones(1, 3), r"calibration is torch\.float32 \(1, 3\)"),
+    ],
+)
+@pytest.mark.parametrize("options", [{"bits": "auto"}, {"shaped": True}], ids=str)
+def test_what_are_no_token_ids(llama: Any, ids: Any, message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch_model(llama, calibration=ids, **options)
 
 
 @pytest.mark.parametrize("make", [TurboQuantCache, lambda config: TurboQuantStaticCache(config, 64)])

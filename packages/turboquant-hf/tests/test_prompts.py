@@ -91,7 +91,7 @@ def test_a_second_turn_in_other_modes(llama: Any, prompt: torch.Tensor, more: to
     assert generate(llama, torch.cat((first, more, more), 1), cache).shape[1] > first.shape[1]
 
 
-@pytest.mark.parametrize("where", ["call", "config", "assistant"])
+@pytest.mark.parametrize("where", ["call", "config", "assistant", "heads"])
 def test_assisted_decoding_does_not_go_on(llama: Any, prompt: torch.Tensor, more: torch.Tensor, where: str) -> None:
     """Transformers puts the whole prompt behind what is cached there."""
     cache = TurboQuantCache(llama.config)
@@ -101,6 +101,8 @@ def test_assisted_decoding_does_not_go_on(llama: Any, prompt: torch.Tensor, more
         options = {"generation_config": GenerationConfig(**options)}
     elif where == "assistant":
         options = {"assistant_model": build(*CONFIGS["llama"])}
+    elif where == "heads":
+        options = {"use_mtp": True}
     with pytest.raises(ValueError, match="the cache holds 24 tokens, and assisted decoding puts the whole prompt"):
         generate(llama, second, cache, **options)
     assert cache.get_seq_length() == 24

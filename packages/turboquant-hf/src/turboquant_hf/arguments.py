@@ -8,6 +8,7 @@ from functools import wraps
 from inspect import Parameter, signature
 from typing import Any, ParamSpec
 
+from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedConfig
 
@@ -36,6 +37,16 @@ def check_config(config: object) -> None:
         return
     way_out = "model.config" if isinstance(config, Module) else "the config of a loaded Transformers model"
     raise ValueError(f"config is {_shown(config)}: pass {way_out}")
+
+
+def check_ids(name: str, ids: object) -> None:
+    """Raise ``ValueError`` for what are no token ids ``[batch, tokens]``."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            f"{name} is {_shown(ids)}: pass token ids, such as tokenizer(text, return_tensors='pt').input_ids"
+        )
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"{name} is {ids.dtype} {tuple(ids.shape)}: pass token ids, integers [batch, tokens]")
 
 
 def _shown(value: object) -> str:

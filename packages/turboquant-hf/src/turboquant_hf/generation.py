@@ -41,8 +41,8 @@ def watch_generate() -> None:
 
 
 def _is_assisted(model: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> bool:
-    """Whether ``generate`` with these arguments drafts tokens, by a model, a lookup in the prompt or an early exit."""
+    """Whether ``generate`` with these arguments drafts tokens, by a model, a lookup, an early exit or own heads."""
     config = generation_config or model.generation_config
-    names = ("prompt_lookup_num_tokens", "assistant_early_exit")
+    names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
     drafts = [kwargs.get(name, getattr(config, name, None)) for name in names]
-    return any(draft is not None for draft in (kwargs.get("assistant_model"), *drafts))
+    return any(draft not in (None, False) for draft in (kwargs.get("assistant_model"), *drafts))

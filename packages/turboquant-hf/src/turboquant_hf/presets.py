@@ -14,6 +14,7 @@ from turboquant_core.doctor import calibration_ids, examine
 from turboquant_core.layout import check_bits
 from turboquant_core.preset import Preset, load_preset
 
+from .arguments import check_ids
 from .compat import PreTrainedModel
 from .options import Bits
 from .shaping import measure_shaping
@@ -106,6 +107,7 @@ def measured_preset(model: PreTrainedModel, calibration: Tensor | None = None) -
 def _ids(model: PreTrainedModel, calibration: Tensor | None, option: str) -> Tensor:
     """What is measured on: ``calibration``, or the doctor's text with the tokenizer in the model's folder."""
     if calibration is not None:
+        check_ids("calibration", calibration)
         return calibration.to(model.device)
     folder = model.config.name_or_path
     try:

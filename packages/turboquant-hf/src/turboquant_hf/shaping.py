@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from turboquant_core import CacheCodec, KernelProvider, ReferenceProvider, TurboQuantError
 from turboquant_core.shaping import output_moment, query_moment, shaped
 
+from .arguments import check_ids, check_model
 from .compat import CACHE_ARGUMENT, DynamicCache, PreTrainedModel
 
 SHAPED_TOKENS = 16
@@ -138,7 +139,10 @@ def measure_shaping(model: PreTrainedModel, ids: Tensor) -> Shaping:
 
     Raises:
         TurboQuantError: a layer's queries or output projection are not found.
+        ValueError: ``model`` is no loaded model, or ``ids`` are no token ids.
     """
+    check_model(model)
+    check_ids("ids", ids)
     watch, cache = _Watch(), DynamicCache(config=model.config)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):

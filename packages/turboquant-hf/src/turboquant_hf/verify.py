@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turboquant_core import TurboQuantError
 
+from .arguments import check_model
 from .cache import TurboQuantCache
 from .compat import CACHE_ARGUMENT, Cache, DynamicCache, PreTrainedModel
 from .layer import TurboQuantLayer
@@ -158,9 +159,10 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
         make_cache: gives an empty packed cache.
 
     Raises:
-        ValueError: the model is an encoder-decoder.
+        ValueError: ``model`` is no loaded model, or an encoder-decoder.
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors.
     """
+    check_model(model)
     cache = make_cache()
     probes = probe_layers(cache)
     error, tolerance = _compare(model, cache, make_cache())
