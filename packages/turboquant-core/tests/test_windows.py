@@ -104,9 +104,10 @@ def attention(
 def check(past: WindowedPast, held: torch.Tensor, starts: list[int], q_len: int, **options: Any) -> None:
     query = torch.randn(len(held), 4, q_len, 32, generator=torch.Generator().manual_seed(9))
     out, lse = attention(query, held, starts, past.packed.codec.key.center, **options)
-    # Without padding, a single query takes another way.
-    for seq_starts in [torch.tensor(starts).int()] + [None] * (not any(starts)):
-        got = past.attend(query, scaling=0.3, seq_starts=seq_starts, **options)
+    first = torch.tensor(starts).int()
+    # Without padding, or where the host knows of it, a single query takes another way.
+    for seq_starts, latest in [(first, None), (first, max(starts))] + [(None, None)] * (not any(starts)):
+        got = past.attend(query, scaling=0.3, seq_starts=seq_starts, latest_start=latest, **options)
         torch.testing.assert_close(got.out.double(), out, rtol=0, atol=2e-5)
         torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=2e-5)
 

@@ -66,3 +66,24 @@ def test_operations_of_a_step(llama: Any, monkeypatch: pytest.MonkeyPatch, optio
             turboquant_attention(module, one, *handles, None, scaling=0.1)
     assert counter.count <= MOST_OPERATIONS + (MORE_OF_SINKS if options else 0)
     assert cache.layers[0].counters.path == "fused"
+
+
+@pytest.mark.default_window
+def test_operations_of_a_step_of_a_padded_batch(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer reads the mask; those after it take as many operations as without one."""
+    monkeypatch.setattr(selection, "load_provider", lambda name: NoKernels())
+    cache = TurboQuantCache(llama.config, provider="none", center_keys=False)
+    module = llama.model.layers[0].self_attn
+    keys, query = (torch.zeros(2, heads, 40, 32, dtype=torch.bfloat16) for heads in (2, 4))
+    mask = torch.ones(2, 1, 1, 42, dtype=torch.bool)
+    mask[1, ..., :7] = False
+    cache.update(keys, keys, 0)
+    key, one = (x[:, :, :1] for x in (keys, query))
+    with torch.no_grad():
+        cache.update(key, key, 0)
+        handles = cache.update(key, key, 0)
+        turboquant_attention(module, one, *handles, mask, scaling=0.1)
+        with Counter() as counter:
+            turboquant_attention(module, one, *handles, mask, scaling=0.1)
+    assert counter.count <= MOST_OPERATIONS - MOST_OPERATIONS_OF_AN_UPDATE
+    assert cache.layers[0].counters.path == "fused"

@@ -90,12 +90,12 @@ class WindowedPast(SplitPast):
         """See :meth:`SplitPast.recent_at`."""
         return self.recent, torch.arange(self.border, self.length, device=self.device)
 
-    def plain_recent(self) -> Gathered | None:
+    def plain_recent(self, latest_start: int) -> Gathered | None:
         """See :meth:`SplitPast.plain_recent`."""
-        # Sinks that are settled among fewer than the packed tokens leave one packed token, at least, to be seen.
-        return (
-            self.recent if self.border and (not self.sinks.count or self.sinks.are_settled(self.border - 1)) else None
-        )
+        if not self.sinks.count:
+            return self.recent if latest_start < self.border else None
+        # Padding may hide sinks that nobody placed; sinks among fewer than the packed tokens leave one to be seen.
+        return self.recent if not latest_start and self.sinks.are_settled(self.border - 1) else None
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Gathered:
         """As :meth:`PackedPast.read`; tokens in a window are exact."""

@@ -57,6 +57,7 @@ def fused_attention(
         query,
         scaling=scaling,
         seq_starts=_starts(step, visibility),
+        latest_start=None if step.hidden else visibility.latest_start,
         window=visibility.window,
         softcap=softcap,
         sinks=sinks,

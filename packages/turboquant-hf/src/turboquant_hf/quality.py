@@ -97,9 +97,9 @@ class ProbedPast(WindowedPast):
     exact: Gathered
     cosines: list[Tensor]
 
-    def attend(self, query: Tensor, **options: Any) -> Attended:
+    def attend(self, query: Tensor, *, latest_start: int | None = None, **options: Any) -> Attended:
         """As the packed past; the cosine to the exact result is noted."""
-        attended = WindowedPast.attend(self, query, **options)
+        attended = WindowedPast.attend(self, query, latest_start=latest_start, **options)
         exact = exact_attention(query, self.exact, **options)
         self.cosines.append(torch.cosine_similarity(attended.out.float(), exact, dim=-1).flatten())
         return attended

@@ -22,11 +22,13 @@ class Visibility:
         causal: query ``i`` of ``q_len`` sees keys up to ``length - q_len + i``; otherwise all keys.
         seq_starts: int32 ``[batch]``, first visible key; None for 0.
         window: keys that a query sees, itself included; None for all.
+        latest_start: the largest of ``seq_starts``; None where the host does not know it.
     """
 
     causal: bool
     seq_starts: Tensor | None = None
     window: int | None = None
+    latest_start: int | None = None
 
 
 def as_bool(mask: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def read_mask(
 def _read(mask: Tensor, batch: int, q_len: int, length: int, window: int | None, end: int | None) -> Visibility | str:
     if tuple(mask.shape) == (batch, length):
         starts = _padding_of(mask)
-        return "padding inside a sequence" if starts is None else Visibility(True, starts)
+        return "padding inside a sequence" if starts is None else _from(starts, True, None)
     if mask.dim() != 4 or mask.shape[3] != length:
         return "mask that is neither [batch, length] nor [batch, heads, q_len, length]"
     if mask.shape[1] != 1:
@@ -113,5 +115,10 @@ def _read(mask: Tensor, batch: int, q_len: int, length: int, window: int | None,
         candidates.append((first, True, window))
     for starts, is_causal, shown in candidates:
         if torch.equal(visible, pattern(starts, q_len, length, is_causal, shown, end)):
-            return Visibility(is_causal, starts if bool(starts.any()) else None, shown)
+            return _from(starts, is_causal, shown)
     return "mask that is neither causal nor padding"
+
+
+def _from(starts: Tensor, causal: bool, window: int | None) -> Visibility:
+    latest = int(starts.max())
+    return Visibility(causal, starts if latest else None, window, latest)
