@@ -16,9 +16,9 @@ when these are of another device or other versions. What engines print goes to $
 folder where OUT is not set; its end is shown when an engine fails. Kernels that were compiled while an engine served
 are named in its results; a packed engine must have none.
 
-The soak fails, with reasons and exit status 1, unless requests were answered, cancelled and preempted, none failed or was
-lost, all logprobs are finite, every probe answered as it did alone (up to ties of two tokens, which are counted, the
-widest told) and all blocks are free at the end.
+The soak fails, with reasons and exit status 1, unless requests were answered, cancelled and preempted, none failed or
+was lost, all logprobs are finite, every probe answered as it did alone (up to ties of two tokens, which are counted,
+the widest told) and all blocks are free at the end.
 
 vLLM finds plug-ins by the metadata of distributions: on a host without network, unpack the wheels that ``nox -s build``
 makes into a folder on PYTHONPATH.

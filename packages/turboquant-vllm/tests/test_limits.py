@@ -9,7 +9,7 @@ import pytest
 
 from turboquant_core.preset import Fingerprint, Preset, save_preset
 from turboquant_vllm.errors import OptionError, UnsupportedError
-from turboquant_vllm.limits import check_connector, check_engine, check_equal_pages, check_page
+from turboquant_vllm.limits import check_block_mates, check_connector, check_engine, check_equal_pages, check_page
 from turboquant_vllm.options import read_options
 from turboquant_vllm.setup import engine_options, is_draft
 
@@ -58,6 +58,28 @@ def test_layers_that_share_blocks_must_be_equal(turboquant: dict[str, Any]) -> N
 def test_equal_layers_and_layers_without_attention_share_blocks() -> None:
     check({"bits": 3}, layer_types=2 * KINDS)
     check({"layers": {"0": "uncompressed"}}, layer_types=["mamba", *(3 * ["full_attention"])])
+
+
+def pages(name: str, head_dim: int, kv_heads: int = 2) -> Any:
+    """The parts of a layer's setup that are read: 4 bits a coordinate and two scales."""
+    return SimpleNamespace(
+        name=name, token_bytes=head_dim + 4, shape=SimpleNamespace(head_dim=head_dim, kv_heads=kv_heads)
+    )
+
+
+def test_pages_that_are_no_multiple_of_one_another_cannot_share_blocks() -> None:
+    mixed, alike = engine({}, layer_types=2 * KINDS), engine({}, layer_types=4 * ["full_attention"])
+    local, whole = pages("layers.0", 256), pages("layers.5", 512)
+    check_block_mates(whole, [local], alike)
+    check_block_mates(whole, [], mixed)
+    check_block_mates(pages("layers.5", 256, kv_heads=1), [local], mixed)
+    with pytest.raises(UnsupportedError) as refused:
+        check_block_mates(whole, [local], mixed)
+    assert str(refused.value) == (
+        "layers layers.0 (head_dim 256, 2 KV heads) and layers.5 (head_dim 512, 2 KV heads) have pages of which the "
+        "larger is no multiple of the smaller; this model's layers are of several kinds (full_attention, "
+        "sliding_attention), which share blocks: serve this model with another --attention-backend"
+    )
 
 
 def test_filled_up_pages_are_refused() -> None:

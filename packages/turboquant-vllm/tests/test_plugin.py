@@ -109,3 +109,41 @@ def test_native_cache_types_are_taken_over_on_request() -> None:
     )
     taken = run(program, TURBOQUANT_OVERRIDE_NATIVE="1")[0]
     assert taken == "turboquant_vllm.backend.TakeoverBackend"
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("lacking", "reason"),
+    [
+        ("from vllm.v1.attention import backend as m; del m.AttentionBackend", "are not where they are since 0.20"),
+        (
+            "from vllm.v1 import kv_cache_interface as k; from vllm.v1.attention.backend import AttentionBackend as b\n"
+            "vars(k).pop('TQFullAttentionSpec', None); hasattr(b, 'customize_spec') and delattr(b, 'customize_spec')",
+            "no backend can give its pages a size of its own",
+        ),
+    ],
+)
+def test_a_vllm_that_lacks_what_is_needed_runs_unchanged_and_is_told_why(lacking: str, reason: str) -> None:
+    program = (
+        f"import json\n{lacking}\n"
+        "import turboquant_vllm; turboquant_vllm.register()\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+        "print(json.dumps('FUSED_TURBOQUANT' in E.__members__))"
+    )
+    registered, errors = run(program)
+    assert not registered
+    assert "FUSED_TURBOQUANT is not available, vLLM runs unchanged: this vLLM is too old or too new for it" in errors
+    assert reason in errors
+
+
+@needs_vllm
+def test_a_wrong_value_of_the_takeover_is_told() -> None:
+    program = (
+        "import json\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+        "import turboquant_vllm; turboquant_vllm.register()\n"
+        "print(json.dumps([E.TURBOQUANT.is_overridden(), 'FUSED_TURBOQUANT' in E.__members__]))"
+    )
+    found, errors = run(program, TURBOQUANT_OVERRIDE_NATIVE="true")
+    assert found == [False, True]
+    assert "TURBOQUANT_OVERRIDE_NATIVE is 'true'; it must be 0 or 1: vLLM's own turboquant_* cache types" in errors

@@ -13,13 +13,11 @@ from turboquant_core.layout import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, PAGE_SIZE_MU
 from .compat import backend_sizes_pages, head_major_layouts, is_packed, packed_spec
 from .hooks import built_bits, sized_token_bytes
 from .impl import PackedAttention
-from .limits import ELSEWHERE
+from .limits import CACHE_DTYPES, ELSEWHERE, quantized_cache
 from .metadata import StepMetadataBuilder
 from .packing import LayerShape
 from .registration import BACKEND_NAME
 from .setup import NATIVE_PREFIX
-
-_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
 class FusedTurboQuantBackend(AttentionBackend):  # type: ignore[misc]
@@ -59,7 +57,7 @@ class FusedTurboQuantBackend(AttentionBackend):  # type: ignore[misc]
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
         """The model's own dtype only: packed pages take its place."""
-        return kv_cache_dtype is None or kv_cache_dtype in _CACHE_DTYPES
+        return kv_cache_dtype is None or kv_cache_dtype in CACHE_DTYPES
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -91,8 +89,15 @@ class FusedTurboQuantBackend(AttentionBackend):  # type: ignore[misc]
         cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *rest: Any, **more: Any
     ) -> str | None:
         """A sentence for what the one-word reasons of vLLM leave open."""
-        if not cls.supports_kv_cache_dtype(kv_cache_dtype):
-            return f"packed pages replace --kv-cache-dtype {kv_cache_dtype}: pass auto or the model's dtype"
+        if kv_cache_dtype is not None and not cls.supports_kv_cache_dtype(kv_cache_dtype):
+            return quantized_cache(kv_cache_dtype)
+        if not cls.supports_head_size(head_size):
+            return (
+                f"head_dim is {head_size}; packed are multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM} that have "
+                f"a Hadamard matrix: {ELSEWHERE}"
+            )
+        if not cls.supports_dtype(dtype):
+            return f"dtype is {dtype}; packed pages on a GPU serve float16 and bfloat16: pass --dtype bfloat16"
         use_mla = more.get("use_mla", rest[1] if len(rest) > 1 else False)
         return f"latent attention keeps no keys that could be packed: {ELSEWHERE}" if use_mla else None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from .compat import packed_spec
 from .errors import UnsupportedError
+from .limits import ELSEWHERE
 from .options import UNCOMPRESSED, LayerBits
 from .registration import BACKEND_NAME
 from .setup import engine_options, layer_choice
@@ -67,7 +68,7 @@ def _check_kind(layer: Any, attention: type) -> None:
     if type(layer) is not attention:
         raise UnsupportedError(
             f"layer {layer.layer_name} is a {type(layer).__name__}; packed pages serve plain attention layers only: "
-            "serve this model with another --attention-backend"
+            + ELSEWHERE
         )
 
 
@@ -160,7 +161,9 @@ def wrap_cpu_platform(module: ModuleType) -> None:
             return original(cls, selected_backend, *args, **kwargs)
         reasons = member.get_class().validate_configuration(device_capability=None, **config._asdict())
         if reasons:
-            raise ValueError(f"{member.name} does not serve this model: {'; '.join(reasons)}")
+            told = "; ".join(reasons)
+            way_out = "" if ELSEWHERE in told else f": {ELSEWHERE}"
+            raise ValueError(f"{member.name} does not serve this model ({told}){way_out}")
         return member.get_path()
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

@@ -14,13 +14,13 @@ from turboquant_core.exact import ExactRowsProvider, attend_with_exact
 
 from .errors import UnsupportedError
 from .exact_context import ExactContext
-from .limits import check_center, check_engine, check_layer_arguments
+from .limits import ELSEWHERE, check_block_mates, check_center, check_engine, check_layer_arguments
 from .packing import LayerShape
 from .plan import PromptPlan
 from .prompts import PromptAttention
 from .raw_attention import RawAttention, Scoring, flash_attention, torch_attention
 from .scratch import Scratch
-from .setup import LayerSetup, engine_device, set_up_layer
+from .setup import LayerSetup, engine_device, packed_layers, set_up_layer
 from .step import PackedRows, StepMetadata
 from .windows import check_exact_layer, exact_provider
 
@@ -84,13 +84,15 @@ class PackedAttention(AttentionImpl[StepMetadata]):  # type: ignore[misc]
         if getattr(layer, "head_size_v", self.head_size) != self.head_size:
             raise UnsupportedError(
                 f"layer {layer.layer_name} has keys of {self.head_size} and values of {layer.head_size_v} "
-                "coordinates; packed pages serve equal sizes: serve this model with another --attention-backend"
+                f"coordinates; packed pages serve equal sizes: {ELSEWHERE}"
             )
         shape = LayerShape(self.num_kv_heads, self.head_size, layer.dtype.itemsize)
         name = self.kv_sharing_target_layer_name or layer.layer_name
         self.setup = set_up_layer(vllm_config, name, self.num_heads, shape, layer.dtype)
         check_center(self.setup.options, self.scoring.softcap, self.sinks)
         shares_pages = self.kv_sharing_target_layer_name is not None
+        if not shares_pages:
+            check_block_mates(self.setup, packed_layers(vllm_config), vllm_config)
         check_exact_layer(self.setup.options, sliding_window=self.scoring.window, shares_pages=shares_pages)
         self._exact = exact_provider(self.setup.provider) if self.setup.exact.rows else None
         on_cpu = engine_device().type == "cpu"

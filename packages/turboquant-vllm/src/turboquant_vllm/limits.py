@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .errors import UnsupportedError
@@ -12,6 +13,8 @@ _ATTENTION = ("full_attention", "sliding_attention")
 CONNECTORS = ("OffloadingConnector", "ExampleConnector")
 """KV connectors that move whole blocks within an engine, or between engines that were given the same options."""
 OFFLOADING_SPEC = "CPUOffloadingSpec"
+CACHE_DTYPES = ("auto", "float16", "bfloat16")
+"""Cache types that leave what a page holds to this backend."""
 ELSEWHERE = "serve this model with another --attention-backend"
 
 
@@ -23,16 +26,21 @@ def check_layer_arguments(
         raise UnsupportedError(f"ALiBi slopes are not supported over packed pages: {ELSEWHERE}")
     if attn_type != "decoder":
         raise UnsupportedError(f"attention type {attn_type!r} has no packed pages: {ELSEWHERE}")
-    if kv_cache_dtype not in ("auto", "float16", "bfloat16") and not kv_cache_dtype.startswith("turboquant_"):
-        raise UnsupportedError(
-            f"the KV cache type is {kv_cache_dtype!r}; packed pages replace it: pass --kv-cache-dtype auto, or "
-            "bfloat16 where the checkpoint asks for fp8"
-        )
+    if kv_cache_dtype not in CACHE_DTYPES and not kv_cache_dtype.startswith("turboquant_"):
+        raise UnsupportedError(quantized_cache(kv_cache_dtype))
     unknown = sorted(name for name, value in extra.items() if value not in (None, False))
     if unknown:
         raise UnsupportedError(f"this model's attention takes {', '.join(unknown)}, not supported here: {ELSEWHERE}")
     if sliding_window is not None:
         check_sliding_window()
+
+
+def quantized_cache(kv_cache_dtype: str) -> str:
+    """Message for a cache type of vLLM's own; a checkpoint with scales for it chooses it where the user did not."""
+    return (
+        f"packed pages replace the KV cache type {kv_cache_dtype!r}, which --kv-cache-dtype or the checkpoint asks "
+        "for: pass --kv-cache-dtype bfloat16 (or float16)"
+    )
 
 
 def check_sliding_window() -> None:
@@ -89,15 +97,19 @@ def check_connector(transfer: Any) -> None:
         )
 
 
+def _kinds(vllm_config: Any) -> list[str]:
+    """Kinds of layers that the model has; none where its configuration does not name them."""
+    return sorted(set(getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()))
+
+
 def check_equal_pages(options: Options, vllm_config: Any) -> None:
     """Raise ``UnsupportedError`` for unequal layers where layers of several kinds share blocks.
 
     vLLM then fills the smaller page up, and the pages of a layer no longer lie one after the other.
     """
-    kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
-    if len(set(kinds)) < 2:
+    if len(_kinds(vllm_config)) < 2:
         return
-    count = layer_count(vllm_config)
+    kinds, count = vllm_config.model_config.hf_text_config.layer_types, layer_count(vllm_config)
     attending = [index for index in range(count) if index >= len(kinds) or kinds[index].endswith(_ATTENTION)]
     choices = dict.fromkeys(str(options.layer(index, count)) for index in attending)
     if len(choices) > 1:
@@ -105,6 +117,33 @@ def check_equal_pages(options: Options, vllm_config: Any) -> None:
             f"this model's layers are of several kinds ({', '.join(sorted(set(kinds)))}), which share blocks, and must "
             f"then be packed alike; asked for are: {'; '.join(choices)}. Give all layers equal bits"
         )
+
+
+def check_block_mates(setup: Any, others: Iterable[Any], vllm_config: Any) -> None:
+    """Raise ``UnsupportedError`` for a layer whose pages cannot share blocks with those of layers built before it.
+
+    Layers of several kinds share blocks. vLLM gives more tokens to the smaller of two pages where the larger one is a
+    multiple of it; else it fills it up, and the pages of a layer no longer lie one after the other.
+
+    Args:
+        setup: ``LayerSetup`` of the layer.
+        others: those of the layers built before.
+        vllm_config: of the engine.
+    """
+    kinds = _kinds(vllm_config)
+    if len(kinds) < 2:
+        return
+    for other in others:
+        sizes = sorted(each.token_bytes * each.shape.kv_heads for each in (setup, other))
+        if sizes[1] % sizes[0]:
+            told = " and ".join(
+                f"{each.name} (head_dim {each.shape.head_dim}, {each.shape.kv_heads} KV heads)"
+                for each in (other, setup)
+            )
+            raise UnsupportedError(
+                f"layers {told} have pages of which the larger is no multiple of the smaller; this model's layers are "
+                f"of several kinds ({', '.join(kinds)}), which share blocks: {ELSEWHERE}"
+            )
 
 
 def check_page(spec: Any) -> None:

@@ -41,8 +41,17 @@ def _register() -> str | None:
     from .hooks import wrap_attention, wrap_cpu_platform
 
     register_name()
-    if os.environ.get(OVERRIDE_VARIABLE) == "1":
+    if _takes_over():
         override_native()
     when_imported(ATTENTION_MODULE, wrap_attention)
     when_imported(CPU_PLATFORM_MODULE, wrap_cpu_platform)
     return None
+
+
+def _takes_over() -> bool:
+    wanted = os.environ.get(OVERRIDE_VARIABLE) or "0"
+    if wanted not in ("0", "1"):
+        # Nothing may be raised here, and who did not ask for this backend must not lose vLLM's own.
+        told = "%s is %r; it must be 0 or 1: vLLM's own turboquant_* cache types stay as they are"
+        _logger.warning(told, OVERRIDE_VARIABLE, wanted)
+    return wanted == "1"

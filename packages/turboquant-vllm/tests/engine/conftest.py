@@ -155,9 +155,10 @@ class Engines:
         self.close()
 
     def refusal(self, *args: Any, **kwargs: Any) -> str:
-        """Message of an engine that must not start."""
+        """Message of an engine that must not start, and ends before it has read weights."""
         answer = self.answer([["A"]], *args, **kwargs)
         assert "error" in answer, "the engine started"
+        assert not answer["weights_read"], answer["error"]
         return str(answer["error"])
 
 

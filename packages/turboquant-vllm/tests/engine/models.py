@@ -65,6 +65,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size": 6 * [96],
         "activation_sparsity_pattern": 6 * [0.0],
     },
+    "two head sizes": {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "layer_types": 2 * ALTERNATING,
+        "sliding_window": 32,
+        "hidden_size_per_layer_input": 0,
+    },
     "state space": {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",

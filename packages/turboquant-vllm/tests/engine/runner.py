@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -52,6 +53,30 @@ def random_weights() -> None:
     DummyModelLoader.load_weights = load_weights
 
 
+class Weights:
+    """Whether vLLM has begun to read weights, or to make those of a random model."""
+
+    read = False
+
+    @classmethod
+    def watch(cls) -> None:
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+        from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+        for loader in (BaseModelLoader, DefaultModelLoader, DummyModelLoader):
+            loader.load_weights = cls._noting(loader.load_weights)
+
+    @classmethod
+    def _noting(cls, load: Any) -> Any:
+        @functools.wraps(load)
+        def load_weights(*args: Any, **kwargs: Any) -> Any:
+            cls.read = True
+            return load(*args, **kwargs)
+
+        return load_weights
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -59,6 +84,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     before = dict(os.environ)
     os.environ.update(job["environment"])
     engine = beside = None
+    Weights.read = False
     try:
         engine = LLM(**job["engine"])
         if job.get("beside"):
@@ -75,7 +101,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "beside": [outputs_of(beside, prompts, job["max_tokens"]) for prompts in job["passes"] if beside],
         }
     except Exception:  # noqa: BLE001 - the test decides whether this failure was wanted
-        return {"error": traceback.format_exc()}
+        return {"error": traceback.format_exc(), "weights_read": Weights.read}
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -86,6 +112,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     random_weights()
+    Weights.watch()
     offload_on_cpu()
     for line in sys.stdin:
         print(RESULT + json.dumps(run(json.loads(line))), flush=True)

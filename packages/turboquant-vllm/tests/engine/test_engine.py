@@ -204,7 +204,7 @@ def test_bad_options_stop_the_start(engines: Engines, options: dict[str, Any], m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kv_cache_dtype": "fp8"}, "packed pages replace --kv-cache-dtype fp8"),
+        ({"kv_cache_dtype": "fp8"}, "packed pages replace the KV cache type 'fp8'"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill does not work over packed pages"),
     ],
 )
@@ -223,8 +223,25 @@ def test_other_attention_is_refused(engines: Engines, tmp_path: Path, kind: str,
     assert message in engines.refusal({}, model=model(tmp_path, kind), **RANDOM)
 
 
+def test_fp8_scales_of_a_checkpoint_are_refused_unless_another_cache_type_is_chosen(
+    engines: Engines, tmp_path: Path
+) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    scales = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": []}
+    fp8 = model(tmp_path, "plain", quantization_config={**scales, "kv_cache_scheme": scheme})
+    message = (
+        "the KV cache type 'fp8', which --kv-cache-dtype or the checkpoint asks for: pass --kv-cache-dtype bfloat16"
+    )
+    assert message in engines.refusal({}, model=fp8, **RANDOM)
+    # In float32, vLLM's own attention on a CPU is far off over a cache in bfloat16.
+    chosen = {**RANDOM, "dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
+    own, raw = engines([IDS], model=fp8, **chosen), engines([IDS], {}, model=fp8, **chosen)
+    assert drift(own.passes[0], raw.passes[0]) < 0.02
+
+
 def test_sizes_without_a_rotation_are_refused(engines: Engines, tmp_path: Path) -> None:
-    assert "head_size not supported" in engines.refusal({}, model=model(tmp_path, "plain", head_dim=36), **RANDOM)
+    refusal = engines.refusal({}, model=model(tmp_path, "plain", head_dim=36), **RANDOM)
+    assert "head_dim is 36; packed are multiples of 8 up to 1024" in refusal
 
 
 @pytest.mark.slow

@@ -85,3 +85,23 @@ def test_unequal_layers_that_share_blocks_are_refused(engines: Engines, tmp_path
 def test_unequal_layers_beside_a_state_space_are_refused(engines: Engines, tmp_path: Path) -> None:
     refusal = engines.refusal({"layers": {"1": {"k_bits": 3}}}, model=model(tmp_path, "state space"), **RANDOM)
     assert "which share blocks" in refusal
+
+
+@pytest.mark.usefixtures("sized_pages")
+def test_two_head_sizes_are_refused(engines: Engines, tmp_path: Path) -> None:
+    gemma = model(tmp_path, "two head sizes")
+    engines.unless_vllm_fails([IDS], model=gemma, **RANDOM)
+    refusal = engines.refusal({}, model=gemma, **RANDOM)
+    assert "layers.0.self_attn.attn (head_dim 32, 2 KV heads) and" in refusal
+    assert "layers.1.self_attn.attn (head_dim 64, 2 KV heads) have pages of which the larger is no multiple" in refusal
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("sized_pages")
+def test_layers_of_twice_the_heads_share_blocks(engines: Engines, tmp_path: Path) -> None:
+    halves = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    small = model(tmp_path, "two head sizes", **halves)
+    full = engines.unless_vllm_fails([IDS], model=small, **RANDOM)
+    assert drift(full.passes[0], engines([IDS], {}, model=small, **RANDOM).passes[0]) < EXACT
+    packed = engines([IDS], PACKED, model=small, **RANDOM)
+    assert engines([IDS, IDS], PACKED, model=small, **CUT).tokens(1) == packed.tokens()
