@@ -1,9 +1,13 @@
-"""What the serving benchmark reads out of an engine's log."""
+"""What the serving benchmarks read out of an engine's log, and out of what engines answer."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -20,3 +24,23 @@ def test_kernels_compiled_while_serving_fail_a_packed_engine() -> None:
     assert serving.compiled_while_serving("init engine took 51.99 s") == []
     assert serving.failed({"turboquant-4bit": {"compiled_while_serving": named}})
     assert not serving.failed({"bf16": {"compiled_while_serving": named}, "turboquant-4bit": {}})
+
+
+def test_a_preflight_whose_drafts_change_the_text_fails_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import serving_preflight
+
+    def texts(token: int) -> list[dict[str, Any]]:
+        return [{"tokens": [token], "logprobs": [{"7": -0.5, "9": -2.0}]}]
+
+    answers = {"eager": [texts(7)] * 2, "speculative": [texts(9)] * 2}
+    monkeypatch.setattr(serving_preflight, "ask", lambda name, *_: answers[name])
+    monkeypatch.setattr(serving_preflight, "interruptible", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["preflight", "--out", str(tmp_path), "--only", "eager", "speculative"])
+    with pytest.raises(SystemExit) as ended:
+        serving_preflight.main()
+    assert ended.value.code == 1
+    assert "speculative: failed" in capsys.readouterr().out
+    told = json.loads((tmp_path / "preflight.json").read_text())["results"]["speculative"]["told"]
+    assert "0 of 1 texts as eager's (they part where the expected token led by 1.50 nats at most), no tie" in told
