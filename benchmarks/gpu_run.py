@@ -4,6 +4,7 @@
     python benchmarks/gpu_run.py --minutes 9 --out results_here --steps quick kernels --fa3 fa3.so
     python benchmarks/gpu_run.py --minutes 9 --out results_here --steps quality long-text needles \
         --model MODEL --text TEXT --prompts PROMPTS
+    python benchmarks/gpu_run.py --minutes 9 --out results_here --steps soak --soak 5
 
 Each step is a process of its own with a limit of its own; its output is in ``OUT/STEP.txt`` as it comes, its figures in
 ``OUT/STEP*.json``, the tracebacks of failed tests in ``OUT/STEP.failures`` as they happen. With two GPUs, steps whose
@@ -27,11 +28,14 @@ from pathlib import Path
 
 from deadline import heed_interrupts, kill_group
 from report import table
+from serving_soak import STARTING_SECONDS
 
 ROOT = Path(__file__).parents[1]
 TAIL = 1500
 # Seconds in which a step that is told to end may write what it knows.
 LAST_WORDS = 8
+# A soak ends its engine by itself when that is late, and must have the time to say so.
+SOAK_SECONDS = STARTING_SECONDS + 30
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class Step:
 
     Attributes:
         arguments: of the interpreter; ``{out}`` is the folder of the results, ``{step}`` the name, ``{workers}`` how
-            many processes may run beside one another, ``{model}``, ``{text}`` and ``{prompts}`` what quality is
-            measured on.
-        seconds: its limit.
+            many processes may run beside one another, ``{soak}`` the minutes of random traffic,
+            ``{model}``, ``{text}`` and ``{prompts}`` what quality is measured on.
+        seconds: its limit, beside the minutes of random traffic.
         timed: whether its figures are times, so that it has the first GPU alone.
     """
 
@@ -101,10 +105,12 @@ STEPS = {
     "sweep-128": sweep(240, "4/128/4", "3/128/4", "2/128/4"),
     "sweep-store": sweep(90, "store/4/128", "store/3/128"),
     "sweep-other": sweep(240, "4/64/4", "3/256/4", "4/128/16", "3/64/4", "2/64/4"),
-    "preflight": Step(("benchmarks/serving_preflight.py", "--out", "{out}"), 280, False),
+    "preflight": Step(("benchmarks/serving_preflight.py", "--out", "{out}"), 420, False),
     "decode": decoding(500, "eager"),
     "serving": Step(("benchmarks/serving.py", "--out", "{out}/serving.json"), 580, True),
-    "soak": Step(("benchmarks/serving.py", "--soak", "10", "--out", "{out}/serving_soak.json"), 700, False),
+    "soak": Step(
+        ("benchmarks/serving.py", "--soak", "{soak}", "--out", "{out}/serving_soak.json"), SOAK_SECONDS, False
+    ),
     "operators": tests(200, *(f"{PACKAGE}/test_{name}.py" for name in ("operators", "attend", "exact", "launch"))),
     "tests": tests(
         560, PACKAGE, "-m", "not slow", *(f"--ignore={PACKAGE}/test_{name}.py" for name in ("conformance", "compile"))
@@ -146,7 +152,8 @@ class Subject:
 class Run:
     """What holds for all steps: folder of the results, processes beside one another, FlashAttention-3, the end.
 
-    ``end`` is a time of :func:`time.monotonic`; ``subject`` is what quality is measured on.
+    ``end`` is a time of :func:`time.monotonic`; ``subject`` is what quality is measured on; ``soak`` are the minutes of
+    random traffic.
     """
 
     out: Path
@@ -154,13 +161,19 @@ class Run:
     fa3: Path | None
     end: float
     subject: Subject = Subject()
+    soak: float = 10.0
 
     def command(self, name: str) -> list[str]:
         """Command line of a step."""
-        given = {"out": self.out, "step": name, "workers": self.workers, **vars(self.subject)}
+        given = {"out": self.out, "step": name, "workers": self.workers, "soak": self.soak, **vars(self.subject)}
         words = [argument.format(**given) for argument in STEPS[name].arguments]
         library = ["--fa3", str(self.fa3)] if name == "kernels" and self.fa3 is not None else []
         return [sys.executable, *words, *library]
+
+    def seconds(self, name: str) -> float:
+        """What is left for a step: until its limit or the end of the run."""
+        traffic = 60 * self.soak if "{soak}" in STEPS[name].arguments else 0.0
+        return min(STEPS[name].seconds + traffic, self.end - time.monotonic())
 
     def environment(self, name: str, gpu: int) -> dict[str, str]:
         """Variables of a step's process."""
@@ -181,7 +194,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_step(name: str, run: Run, gpu: int) -> Outcome:
     """Run one step on ``gpu`` until its limit or the end of the run."""
     started = time.monotonic()
-    limit = min(STEPS[name].seconds, run.end - started)
+    limit = run.seconds(name)
     if limit <= 0:
         return Outcome(name, None, 0.0)
     with (run.out / f"{name}.txt").open("w") as sink:
@@ -247,12 +260,18 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Subject.model, help="folder of the model for quality")
     parser.add_argument("--text", type=Path, default=Subject.text, help="text for quality")
     parser.add_argument("--prompts", type=Path, help="needle prompts for that model (retrieval.py says what they are)")
+    parser.add_argument("--soak", type=float, default=Run.soak, metavar="MINUTES", help="random traffic of step soak")
     arguments = parser.parse_args(words)
     # Steps run in the root of the repository.
     given = (arguments.model, arguments.text, arguments.prompts)
     arguments.subject = Subject(*(path and path.resolve() for path in given))
     if arguments.steps is None:
         arguments.steps = [name for name in STEPS if name != "needles" or arguments.prompts]
+    elif "soak" in arguments.steps and arguments.soak >= arguments.minutes:
+        parser.error(
+            f"--soak {arguments.soak:g} does not end within --minutes {arguments.minutes:g}, of which it also needs up "
+            f"to {STARTING_SECONDS / 60:g} to start: ask for fewer minutes of traffic"
+        )
     for name in arguments.steps:
         if (lacking := arguments.subject.lacks(name)) is not None:
             parser.error(lacking)
@@ -270,7 +289,7 @@ def main() -> None:
     if gpus < 1:
         raise SystemExit("no CUDA device: these steps are for a GPU; `nox` checks what a CPU can")
     end = time.monotonic() + 60 * arguments.minutes
-    run = Run(arguments.out.resolve(), arguments.workers, arguments.fa3, end, arguments.subject)
+    run = Run(arguments.out.resolve(), arguments.workers, arguments.fa3, end, arguments.subject, arguments.soak)
     outcomes = run_all(arguments.steps, run, gpus)
     print(summary(outcomes, arguments.out))
     sys.exit(int(any(outcome.code != 0 for outcome in outcomes)))

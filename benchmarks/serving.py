@@ -42,7 +42,7 @@ from typing import Any, TextIO
 from deadline import interruptible, started
 from report import commit, facts, table, write_json
 from serving_engine import QUICK, WORKLOADS, Setting, Workload, measure
-from serving_soak import soak
+from serving_soak import STARTING_SECONDS, soak
 
 HERE = Path(__file__).parent
 TINY = HERE.parent / "examples/models/tiny"
@@ -84,8 +84,6 @@ ON_REQUEST: dict[str, dict[str, Any]] = {
     "turboquant-3bit-windows": {**packed(3, sink_tokens=4, recent_tokens=24), "block_size": 512}
 }
 """Run only when ``--only`` names them."""
-STARTING_SECONDS = 300
-"""That a soak may need to start, to ask its probes and to let the last requests end."""
 LEAST_SECONDS = 30
 """In which an engine of 8 billion parameters may start and answer at all."""
 CAPTURED = [1, 2, 4, 8, 16, 32]

@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WARM_TOKENS = 4
+BESIDE_OTHERS = {"gpu_memory_utilization": 0.1}
+"""For engines of the small model that are not timed, on a GPU that others use too. vLLM does not start unless this
+share of the memory is free, 92 % of it by default, even where ``kv_cache_memory_bytes`` alone sizes the cache; a tenth
+of 80 GB still holds such a model, its cache and its graphs. On a CPU the share is one of the host's memory, and bounds
+nothing where the cache has a size."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 from deadline import interruptible, started
 from report import write_json
+from serving_engine import BESIDE_OTHERS
 
 HERE = Path(__file__).parent
 MODEL = HERE.parent / "examples/models/tiny"
@@ -71,7 +72,7 @@ def answer(settings: dict[str, Any]) -> list[Texts] | None:
         return None
     engine = LLM(
         model=str(MODEL), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=1024, seed=0,
-        **{"kv_cache_memory_bytes": 256 << 20, "enable_prefix_caching": False, **settings},
+        **{**BESIDE_OTHERS, "kv_cache_memory_bytes": 256 << 20, "enable_prefix_caching": False, **settings},
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True, detokenize=False)
     prompts = [

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serving_engine import Setting
+from serving_engine import BESIDE_OTHERS, Setting
 from serving_traffic import PROBE_TOKENS, PROBES, TIE, TIE_IN_FLOAT32, Traffic
 from serving_verdict import SHOWN, failures
 
@@ -22,6 +22,8 @@ BLOCK_SIZE = 16
 PROGRESS_SECONDS = 30.0
 DRAIN_SECONDS = 120.0
 """That the requests which are open at the end may take."""
+STARTING_SECONDS = 300.0
+"""That a soak may need to start, to ask its probes and to let the last requests end."""
 
 
 def soak(model: Path, seconds: float, quick: bool) -> Iterator[dict[str, Any]]:
@@ -49,6 +51,7 @@ def soak(model: Path, seconds: float, quick: bool) -> Iterator[dict[str, Any]]:
 def _engine(model: Path, length: int, quick: bool) -> Any:
     turboquant = {"attention_backend": "FUSED_TURBOQUANT", "additional_config": {"turboquant": {"prefill": "packed"}}}
     size = {
+        **BESIDE_OTHERS,
         "kv_cache_memory_bytes": (16 if quick else 512) << 20,
         "block_size": BLOCK_SIZE,
         "num_gpu_blocks_override": 2 * length // BLOCK_SIZE,

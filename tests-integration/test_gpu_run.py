@@ -143,6 +143,22 @@ def test_needles_need_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_a_soak_has_the_time_of_its_traffic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu_run
+    import serving_soak
+
+    minutes = gpu_run.parse(["--out", "here", "--steps", "soak", "--soak", "6", "--minutes", "9"]).soak
+    run = gpu_run.Run(tmp_path, 3, None, time.monotonic() + 3600, soak=minutes)
+    command = run.command("soak")
+    assert command[command.index("--soak") + 1] == "6.0"
+    assert run.seconds("soak") > 6 * 60 + serving_soak.STARTING_SECONDS
+    assert run.seconds("quick") == gpu_run.STEPS["quick"].seconds
+    with pytest.raises(SystemExit):
+        gpu_run.parse(["--out", "here", "--steps", "soak", "--minutes", "9"])
+    assert "--soak 10 does not end within --minutes 9" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_a_cut_run_keeps_its_failures(tmp_path: Path) -> None:
     """The plug-in writes them as they happen, once, also where workers report them."""
     (tmp_path / "test_it.py").write_text("def test_bad():\n    assert 1 == 2\n\ndef test_good():\n    pass\n")
