@@ -70,7 +70,19 @@ def test_layers_of_a_draft_model_get_the_default() -> None:
 
 def test_a_layer_beyond_the_model_is_refused() -> None:
     with pytest.raises(OptionError, match=r"names layer 7; the model has layers -4 to 3"):
-        read({"layers": {"7": UNCOMPRESSED}}).layer(0, 4)
+        read({"layers": {"7": UNCOMPRESSED}}).check_layers(4)
+
+
+def test_a_layer_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"names layer 1 of 4 as 1 and as -3: drop one of them"):
+        read({"layers": {"1": {"k_bits": 2}, "-3": {"k_bits": 3}}}).check_layers(4)
+
+
+@pytest.mark.parametrize("given", [{"boundary_layers": 2}, {"layers": dict.fromkeys("0123", UNCOMPRESSED)}])
+def test_a_model_without_a_packed_layer_is_refused(given: dict[str, Any]) -> None:
+    read(given).check_layers(5)
+    with pytest.raises(OptionError, match="leave all 4 layers uncompressed"):
+        read(given).check_layers(4)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +97,7 @@ def test_a_layer_beyond_the_model_is_refused() -> None:
         ({"compress_v": 0}, "turboquant.compress_v is 0; it must be true or false"),
         ({"compress_v": False, "v_bits": 2}, "turboquant.compress_v is false and turboquant.v_bits 2"),
         ({"boundary_layers": -1}, "turboquant.boundary_layers is -1"),
+        ({"boundary": {"k_bits": 2}}, "turboquant.boundary is given without turboquant.boundary_layers"),
         ({"boundary": "bf16"}, "turboquant.boundary is 'bf16'; it must be 'uncompressed' or an object"),
         ({"layers": [4]}, "turboquant.layers is \\[4\\]"),
         ({"layers": {"first": {"k_bits": 4}}}, "keys are layer indices such as 0 or -1"),

@@ -15,9 +15,9 @@ from .hooks import built_bits, sized_token_bytes
 from .impl import PackedAttention
 from .limits import CACHE_DTYPES, ELSEWHERE, quantized_cache
 from .metadata import StepMetadataBuilder
+from .native import is_native
 from .packing import LayerShape
 from .registration import BACKEND_NAME
-from .setup import NATIVE_PREFIX
 
 
 class FusedTurboQuantBackend(AttentionBackend):  # type: ignore[misc]
@@ -141,4 +141,4 @@ class TakeoverBackend(FusedTurboQuantBackend):
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
         """The types taken over; which of them have a counterpart is said when a layer is built."""
-        return kv_cache_dtype is not None and kv_cache_dtype.startswith(NATIVE_PREFIX)
+        return is_native(kv_cache_dtype)

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from .chosen import chosen, names_this_backend, tell_unused
 from .compat import packed_spec
 from .errors import UnsupportedError
 from .limits import ELSEWHERE
+from .native import is_native
 from .options import UNCOMPRESSED, LayerBits
-from .registration import BACKEND_NAME
 from .setup import engine_options, layer_choice
 
 _MARK = "_turboquant_wrapped"
@@ -56,6 +57,8 @@ def _with_setup(attention: Any) -> Any:
             _check_kind(self, attention)
             self.impl.set_up(self, vllm_config)
             _built[:] = [self.impl.setup.bits]
+        elif not _built:
+            tell_unused(vllm_config)
 
     return build
 
@@ -72,15 +75,8 @@ def _check_kind(layer: Any, attention: type) -> None:
         )
 
 
-def _chosen(vllm_config: Any) -> bool:
-    """Whether the user chose our backend for all layers or for some kind of them."""
-    config = vllm_config.attention_config
-    names = [config.backend, *(getattr(config, "backend_per_kind", None) or {}).values()]
-    return any(getattr(name, "name", None) == BACKEND_NAME for name in names)
-
-
 def _stays_uncompressed(vllm_config: Any, layer_name: str) -> bool:
-    if vllm_config.model_config is None or not _chosen(vllm_config):
+    if vllm_config.model_config is None or not chosen(vllm_config):
         return False
     return layer_choice(engine_options(vllm_config), vllm_config, layer_name) == UNCOMPRESSED
 
@@ -172,9 +168,7 @@ def wrap_cpu_platform(module: ModuleType) -> None:
 def _ours_on_cpu(selected: Any, config: Any) -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if selected is not None and selected.name == BACKEND_NAME:
+    if names_this_backend(selected):
         return selected
-    taken_over = AttentionBackendEnum.TURBOQUANT.is_overridden() and str(config.kv_cache_dtype).startswith(
-        "turboquant_"
-    )
+    taken_over = AttentionBackendEnum.TURBOQUANT.is_overridden() and is_native(config.kv_cache_dtype)
     return AttentionBackendEnum.TURBOQUANT if taken_over and selected is None else None

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .errors import UnsupportedError
+from .native import is_native
 from .options import Options
 from .packing import layer_count
 
@@ -26,7 +27,7 @@ def check_layer_arguments(
         raise UnsupportedError(f"ALiBi slopes are not supported over packed pages: {ELSEWHERE}")
     if attn_type != "decoder":
         raise UnsupportedError(f"attention type {attn_type!r} has no packed pages: {ELSEWHERE}")
-    if kv_cache_dtype not in CACHE_DTYPES and not kv_cache_dtype.startswith("turboquant_"):
+    if kv_cache_dtype not in CACHE_DTYPES and not is_native(kv_cache_dtype):
         raise UnsupportedError(quantized_cache(kv_cache_dtype))
     unknown = sorted(name for name, value in extra.items() if value not in (None, False))
     if unknown:
@@ -55,7 +56,8 @@ def check_engine(vllm_config: Any) -> None:
     """Raise ``UnsupportedError`` for hybrids below 0.28, and for steps that attention here knows nothing of.
 
     These are sequences split over ranks, steps run as two that overlap, and prompts of which layers that share pages
-    see the last token only. Connectors that would read pages elsewhere are refused too.
+    see the last token only. Layers left out by an option for cache types, which pages are not, and connectors that
+    would read pages elsewhere are refused too.
     """
     from .compat import backend_sizes_pages
 
@@ -72,6 +74,12 @@ def check_engine(vllm_config: Any) -> None:
         raise UnsupportedError("steps split in two that overlap (--enable-dbo) do not work over packed pages: drop it")
     if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
         raise UnsupportedError("--kv-sharing-fast-prefill does not work over packed pages: drop it")
+    cache = vllm_config.cache_config
+    if getattr(cache, "kv_cache_dtype_skip_layers", None) and not is_native(cache.cache_dtype):
+        raise UnsupportedError(
+            "--kv-cache-dtype-skip-layers leaves out layers of a KV cache type, and packed pages are none: name the "
+            "layers in turboquant.layers as 'uncompressed'"
+        )
     check_connector(getattr(vllm_config, "kv_transfer_config", None))
 
 

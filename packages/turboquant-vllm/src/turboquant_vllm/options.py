@@ -83,24 +83,31 @@ class Options:
     preset: Preset | None = None
 
     def layer(self, index: int | None, count: int) -> LayerChoice:
-        """What layer ``index`` of ``count`` gets; None, or an index beyond (a draft model's), gets the default.
-
-        Raises:
-            OptionError: ``layers`` names a layer that the model does not have.
-        """
-        named = dict(self._resolved(count))
+        """What layer ``index`` of ``count`` gets; None, or an index beyond (a draft model's), gets the default."""
         if index is None or index >= count:
             return self.default
         at_boundary = index < self.boundary_layers or index >= count - self.boundary_layers
+        named = {at % count: choice for at, choice in self.layers}
         return named.get(index, self.boundary if at_boundary else self.default)
 
-    def _resolved(self, count: int) -> list[tuple[int, LayerChoice]]:
+    def check_layers(self, count: int) -> None:
+        """Raise ``OptionError`` for a layer beyond the ``count`` of a model or named twice, and if none is packed."""
+        named: dict[int, int] = {}
         for index, _ in self.layers:
             if not -count <= index < count:
                 raise OptionError(
                     f"turboquant.layers names layer {index}; the model has layers {-count} to {count - 1}"
                 )
-        return [(index % count, choice) for index, choice in self.layers]
+            if named.setdefault(index % count, index) != index:
+                raise OptionError(
+                    f"turboquant.layers names layer {index % count} of {count} as {named[index % count]} and as "
+                    f"{index}: drop one of them"
+                )
+        if all(self.layer(index, count) == UNCOMPRESSED for index in range(count)):
+            raise OptionError(
+                f"turboquant.layers and boundary_layers leave all {count} layers uncompressed: name fewer, or drop "
+                "--attention-backend"
+            )
 
 
 def read_options(additional_config: object, environment: Mapping[str, str]) -> Options:
@@ -121,6 +128,8 @@ def read_options(additional_config: object, environment: Mapping[str, str]) -> O
     if unknown:
         raise OptionError(f"unknown turboquant option {unknown[0]!r}; the options are {', '.join(sorted(_READERS))}")
     values = {name: _READERS[name](f"turboquant.{name}", value) for name, value in given.items()}
+    if "boundary" in values and not values.get("boundary_layers"):
+        raise OptionError("turboquant.boundary is given without turboquant.boundary_layers: say how many layers get it")
     decided = values.pop("preset", None)
     if decided is not None:
         return Options(**decided, **_beside_preset(values))

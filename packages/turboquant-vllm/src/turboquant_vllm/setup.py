@@ -19,16 +19,10 @@ from .centers import read_center
 from .errors import OptionError, UnsupportedError
 from .kernels import graph_safe, own_codec, provider_for, shared_codec
 from .limits import check_equal_pages
+from .native import is_native, native_options
 from .options import LayerBits, LayerChoice, Options, read_options
 from .packing import LayerShape, layer_count, layer_index
 from .windows import check_exact_rows, exact_provider, exact_rows
-
-NATIVE_PREFIX = "turboquant_"
-_NATIVE_BITS = {
-    "turboquant_4bit_nc": LayerBits(4, 4),
-    "turboquant_k3v4_nc": LayerBits(3, 4),
-    "turboquant_3bit_nc": LayerBits(3, 3),
-}
 
 
 def engine_options(vllm_config: Any) -> Options:
@@ -37,7 +31,7 @@ def engine_options(vllm_config: Any) -> Options:
     Layers of a draft model get the default bits: what is said of single layers is said of the model it drafts for.
 
     Raises:
-        OptionError: see :func:`read_options`, or the preset was made for another model.
+        OptionError: see :func:`read_options` and :func:`native_options`, or the preset was made for another model.
         UnsupportedError: a cache type without a counterpart here.
     """
     options = read_options(vllm_config.additional_config, os.environ)
@@ -46,13 +40,9 @@ def engine_options(vllm_config: Any) -> Options:
     elif options.preset is not None:
         _check_preset(options.preset, vllm_config)
     cache_dtype = str(vllm_config.cache_config.cache_dtype)
-    if not cache_dtype.startswith(NATIVE_PREFIX):
+    if not is_native(cache_dtype):
         return options
-    if cache_dtype not in _NATIVE_BITS:
-        raise UnsupportedError(
-            f"cache type {cache_dtype} has no counterpart in packed pages; taken over are {', '.join(_NATIVE_BITS)}"
-        )
-    return replace(options, default=_NATIVE_BITS[cache_dtype])
+    return native_options(options, cache_dtype, vllm_config.additional_config, os.environ)
 
 
 def is_draft(vllm_config: Any) -> bool:
@@ -74,9 +64,11 @@ def layer_choice(options: Options, vllm_config: Any, layer_name: str) -> LayerCh
     """Bits of a layer, or that it stays uncompressed.
 
     Raises:
-        OptionError: the options name a layer that the model does not have.
+        OptionError: the options name a layer that the model does not have, or one twice, or leave none to be packed.
     """
-    return options.layer(layer_index(layer_name), layer_count(vllm_config))
+    count = layer_count(vllm_config)
+    options.check_layers(count)
+    return options.layer(layer_index(layer_name), count)
 
 
 def engine_device() -> torch.device:

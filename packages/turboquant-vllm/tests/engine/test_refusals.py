@@ -79,6 +79,12 @@ def test_a_plain_layer_is_packed(build: Build) -> None:
     assert build(Attention).impl.setup.bits.k_bits == 4
 
 
+def test_custom_is_this_backend_where_nobody_else_has_it(build: Build) -> None:
+    engine = config(attention_backend="CUSTOM", additional_config={CONFIG_KEY: {"layers": {"1": "uncompressed"}}})
+    assert not hasattr(build(Attention, engine).impl, "setup")
+    assert build(Attention, engine, prefix="model.layers.2.self_attn.attn").impl.setup.bits.k_bits == 4
+
+
 @pytest.mark.parametrize(
     ("module", "name", "arguments", "message"),
     [
@@ -111,6 +117,11 @@ def test_arguments_of_a_layer(build: Build, arguments: dict[str, Any], message: 
     with pytest.raises((UnsupportedError, ValueError), match=message) as refused:
         build(Attention, **arguments)
     assert ELSEWHERE in str(refused.value)
+
+
+def test_layers_left_out_of_a_cache_type(build: Build) -> None:
+    with pytest.raises(UnsupportedError, match=r"--kv-cache-dtype-skip-layers leaves out .* turboquant\.layers"):
+        build(Attention, config(kv_cache_dtype_skip_layers=["0"]))
 
 
 @pytest.mark.parametrize("cache_type", ["fp8", "fp8_e4m3", "fp8_e5m2"])
@@ -186,6 +197,8 @@ def test_variables_of_the_environment(
         ({"boundary_layers": 1.5}, "turboquant.boundary_layers is 1.5"),
         ({"boundary": "raw"}, "turboquant.boundary is 'raw'"),
         ({"layers": {"4": "uncompressed"}}, "turboquant.layers names layer 4; the model has layers -4 to 3"),
+        ({"layers": {"3": {"k_bits": 2}, "-1": {"k_bits": 3}}}, "turboquant.layers names layer 3 of 4 as 3 and as -1"),
+        ({"boundary_layers": 2}, "leave all 4 layers uncompressed"),
         ({"prefill": "exact"}, "turboquant.prefill is 'exact'"),
         ({"key_scale": "best"}, "turboquant.key_scale is 'best'"),
         ({"value_scale": None}, "turboquant.value_scale is None"),
