@@ -10,59 +10,33 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from turboquant_hf import CacheFileError, TurboQuantCache, check_model_compatibility, patch_model
-from turboquant_hf.compat import CACHE_ARGUMENT
 
+from .special_models import (
+    BATCH,
+    CONVOLVED,
+    INDEXED,
+    LENGTH,
+    RECURRENT,
+    assert_same_steps,
+    known,
+    special_model,
+    step,
+)
 from .sweep.identity import identity_provider
-from .sweep.shrink import small_model
-
-RECURRENT, INDEXED, CONVOLVED = "falcon_h1", "deepseek_v32", "inkling_text"
-"""A Mamba state; keys of an indexer that shows 8 tokens; convolutions alone, beside sliding windows too."""
-BATCH, LENGTH = 3, 12
-
-
-def known(name: str) -> Any:
-    return pytest.param(
-        name, marks=pytest.mark.skipif(name not in CONFIG_MAPPING_NAMES, reason="not in this release of Transformers")
-    )
-
-
-@pytest.fixture(scope="module")
-def models() -> Callable[[str], Any]:
-    built: dict[str, Any] = {}
-
-    def find(name: str) -> Any:
-        if name not in built:
-            built[name] = small_model(name).model
-        return built[name]
-
-    return find
 
 
 @pytest.fixture
-def pair(models: Callable[[str], Any], request: pytest.FixtureRequest) -> Iterator[tuple[Any, TurboQuantCache, Any]]:
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, TurboQuantCache, Any]]:
     """A model, a packed cache that loses nothing, and the stock cache, both with a prompt."""
-    model = models(request.param)
+    model = special_model(request.param)
     with identity_provider() as provider:
         packed = TurboQuantCache(model.config, page_size=16, provider=provider, compress_sliding=True)
         pair = packed, DynamicCache(config=model.config)
         for cache in pair:
             step(model, cache, BATCH, LENGTH)
         yield model, *pair
-
-
-@torch.no_grad()
-def step(model: Any, cache: Any, batch: int = BATCH, tokens: int = 1) -> torch.Tensor:
-    ids = torch.randint(2, 90, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
-    return model(ids, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
-
-
-def assert_same_steps(model: Any, packed: Any, stock: Any, batch: int = BATCH) -> None:
-    assert packed.get_seq_length() == stock.get_seq_length()
-    for _ in range(2):
-        torch.testing.assert_close(step(model, packed, batch), step(model, stock, batch), rtol=1e-4, atol=1e-4)
 
 
 OPERATIONS: dict[str, tuple[Callable[[Any, Any], Any], int]] = {
@@ -117,7 +91,7 @@ def test_positions_that_a_model_assigns_are_the_indexers(pair: tuple[Any, Any, A
 
 
 @pytest.mark.parametrize("pair", [known(CONVOLVED)], indirect=True)
-def test_a_convolution_that_records_its_past_can_be_cropped(models: Any, pair: tuple[Any, Any, Any]) -> None:
+def test_a_convolution_that_records_its_past_can_be_cropped(pair: tuple[Any, Any, Any]) -> None:
     model, *caches = pair
     for cache in caches:
         cache.reset()
@@ -166,8 +140,8 @@ def test_a_copy_has_a_state_of_its_own(pair: tuple[Any, Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", [known(RECURRENT), known(INDEXED), known(CONVOLVED)])
-def test_states_count_in_memory(models: Any, name: str) -> None:
-    model = models(name)
+def test_states_count_in_memory(name: str) -> None:
+    model = special_model(name)
     packed, stock = TurboQuantCache(model.config, recent_tokens=0, page_size=16), DynamicCache(config=model.config)
     for cache in (packed, stock):
         step(model, cache, 1, LENGTH)
@@ -186,9 +160,9 @@ def states(layer: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", [known(RECURRENT), known(INDEXED), known(CONVOLVED)])
-def test_is_verified(models: Any, name: str) -> None:
+def test_is_verified(name: str) -> None:
     """Pages against a stock cache of the decoded vectors, which has the state as well."""
-    model = copy.deepcopy(models(name))
+    model = copy.deepcopy(special_model(name))
     cache = patch_model(model, page_size=16, recent_tokens=0, compress_sliding=True)
     assert cache.verification.error < 1e-3
     report = check_model_compatibility(model)

@@ -21,8 +21,10 @@ from transformers import CompileConfig, Gemma2Config, MistralConfig
 from turboquant_core import CacheCodec, TurboQuantError
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, packed_layer, patch_model, turboquant
 from turboquant_hf.compat import CACHE_ARGUMENT
+from turboquant_hf.prompts import is_watched
 
 from .conftest import CONFIGS, GQA, UNTOUCHED, VOCABULARY, build
+from .sweep.shrink import small_model
 
 ROOM = 64
 WINDOWS = {"sink_tokens": 2, "recent_tokens": 6}
@@ -367,6 +369,14 @@ class TestErrors:
     def test_bad_room(self, llama: Any, room: Any) -> None:
         with pytest.raises(ValueError, match="it must be a number of tokens, at least 1"):
             TurboQuantStaticCache(llama.config, room)
+
+    def test_a_model_that_takes_room_for_tokens_is_left_unpatched(self) -> None:
+        """BLOOM makes its position biases as wide as the mask, whatever the number of keys."""
+        model = small_model("bloom").model
+        with pytest.raises(TurboQuantError, match=r"does not run over a cache of fixed room .*leave max_cache_len out"):
+            patch_model(model, max_cache_len=ROOM)
+        assert not is_watched(model)
+        assert model.config._attn_implementation in ("eager", "sdpa")
 
     def test_nothing_to_pack(self) -> None:
         with pytest.raises(ValueError, match="use StaticCache for this model, or compress_sliding=True"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-from transformers import cache_utils
+from transformers import cache_utils, masking_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -33,16 +33,31 @@ CACHE_ARGUMENTS = dict.fromkeys((CACHE_ARGUMENT, "past_key_values"))
 RESET_KEEPS_LENGTH = "reset" not in vars(DynamicLayer)
 """Whether a growing layer, when it is reset, keeps as many zeros as it held tokens: so before Transformers 5.18."""
 
+_HYBRID_SLIDING_MASKS = getattr(masking_utils, "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING", {}).get("hybrid_sliding")
+GENERATE_MASKS_LACK_WINDOWS = (
+    isinstance(_HYBRID_SLIDING_MASKS, dict) and _HYBRID_SLIDING_MASKS.get("sliding_attention") is create_causal_mask
+)
+"""Whether ``generate`` with a static cache shows all of the past to a sliding window that has a linear-attention state
+beside it: so in Transformers 5.24, whose own static cache fails there."""
+
 # Layers that Transformers 5.5 does not have; None is the type of no layer.
 DynamicIndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
+StaticIndexedLayer: Any = getattr(cache_utils, "StaticIndexedLayer", None)
 LinearAttentionAndSlidingWindowAttentionLayer: Any = getattr(
     cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None
+)
+LinearAttentionAndStaticFullAttentionLayer: Any = getattr(
+    cache_utils, "LinearAttentionAndStaticFullAttentionLayer", None
+)
+LinearAttentionAndStaticSlidingWindowAttentionLayer: Any = getattr(
+    cache_utils, "LinearAttentionAndStaticSlidingWindowAttentionLayer", None
 )
 
 __all__ = [
     "ATTENTION_FUNCTIONS",
     "CACHE_ARGUMENT",
     "CACHE_ARGUMENTS",
+    "GENERATE_MASKS_LACK_WINDOWS",
     "MASK_FUNCTIONS",
     "RESET_KEEPS_LENGTH",
     "Cache",
@@ -53,10 +68,13 @@ __all__ = [
     "GenerationMixin",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionAndStaticFullAttentionLayer",
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer",
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "PreTrainedModel",
     "StaticCache",
+    "StaticIndexedLayer",
     "StaticLayer",
     "StaticSlidingWindowLayer",
     "eager_mask",

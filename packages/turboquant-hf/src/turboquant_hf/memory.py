@@ -42,12 +42,12 @@ class CacheMemory(MemoryFigures):
 
 def dense_memory(layer: Any) -> MemoryFigures:
     """Bytes of a layer that Transformers keeps, whatever is in it, compared with themselves."""
-    size = sum(tensor.nbytes for tensor in _kept(layer))
+    size = sum(tensor.nbytes for tensor in tensors_of(layer))
     return MemoryFigures(size, size, size)
 
 
-def _kept(layer: Any) -> list[Tensor]:
-    """Tensors of a layer or in a mapping of it, without counters."""
+def tensors_of(layer: Any) -> list[Tensor]:
+    """Floating-point tensors of a layer that Transformers keeps, or in a mapping of it: no counters, no positions."""
     values = vars(layer).values()
     held = chain.from_iterable(value.values() if isinstance(value, dict) else (value,) for value in values)
     return [tensor for tensor in held if isinstance(tensor, Tensor) and tensor.is_floating_point()]
@@ -57,4 +57,4 @@ def _itemsize(layer: Any) -> int:
     """Bytes of a coordinate in the dtype of the layer."""
     if isinstance(layer, PackedLayer):
         return layer.dtype.itemsize if layer.is_initialized else torch.bfloat16.itemsize
-    return max((tensor.itemsize for tensor in _kept(layer)), default=torch.bfloat16.itemsize)
+    return max((tensor.itemsize for tensor in tensors_of(layer)), default=torch.bfloat16.itemsize)

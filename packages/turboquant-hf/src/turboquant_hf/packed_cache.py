@@ -67,6 +67,9 @@ class PackedCache(Cache):
         """Whether tokens are held."""
         return int(self.get_seq_length()) > 0
 
+    def check_generate(self) -> None:
+        """Raise ``ValueError`` when ``generate`` must not be called over this cache, whatever the prompt is."""
+
     def check_room(self, tokens: int) -> None:
         """Raise ``ValueError`` when sequences of ``tokens`` tokens do not fit."""
         if self.room is not None and tokens > self.room:

@@ -9,8 +9,6 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from turboquant_core import TurboQuantError
-
 from .arguments import check_model, check_names, option_names
 from .attention import register
 from .cache import TurboQuantCache
@@ -96,7 +94,8 @@ def patch_model(
         (``past_key_values`` before Transformers 5.24).
 
     Raises:
-        TurboQuantError: verification failed, or the doctor refuses the model; it is left unpatched.
+        TurboQuantError: verification failed, or the doctor refuses the model; it is left unpatched, as after any other
+            error.
         ValueError: ``model`` is none, an option is out of range, a preset does not fit, no layer can be packed, or the
             model runs an attention implementation other than ``sdpa`` and ``eager``.
         TypeError: there is no such option.
@@ -125,7 +124,8 @@ def patch_model(
             cache.verification = verify_model(model, fresh)
             if max_cache_len is not None:
                 verify_static(model, static, fresh)
-        except (TurboQuantError, ValueError):
+        # Whatever a model raises over pages that it cannot use.
+        except Exception:
             unpatch_model(model)
             raise
         for concern in concerns(cache.verification.layers, centered=cache.options.center_keys is not False):

@@ -45,14 +45,17 @@ def _mask_in(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
 
 
 def _see(model: PreTrainedModel, cache: PackedCache, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+    is_first = bool(arguments.get("is_first_iteration"))
+    if is_first:
+        cache.check_generate()
     # None: only new tokens are passed, chunk by chunk or by a caller who knows what is cached.
     is_whole = not cache.has_past or arguments.get("next_sequence_length") is not None
     if arguments.get("inputs_embeds") is not None or not is_whole:
-        if arguments.get("is_first_iteration"):
+        if is_first:
             _check_decoder(model, cache, input_ids, _mask_in(model, arguments))
         cache.text.forget()
         return
-    if arguments.get("is_first_iteration"):
+    if is_first:
         cache.text.check(input_ids, int(cache.get_seq_length()))
     elif cache.room is None:
         # Of a static cache, that would wait for the device in every step.

@@ -24,8 +24,8 @@ def _of_state(name: str) -> property:
 class StateBeside(PackedLayer[Any]):
     """What a layer has besides its packed keys and values: a stock layer that is never given keys and values.
 
-    Its methods and attributes are found on this one, and what is done to the cache is done to both; the state comes
-    first, which refuses what it cannot undo (``crop`` of a recurrent state) before anything has changed.
+    Its methods and attributes are found on this one, and what is done to the cache is done to both. What one of them
+    always refuses changes nothing: a recurrent state is not cropped, pages of fixed room are not offloaded.
 
     Args:
         state: an empty layer of Transformers.
@@ -64,8 +64,11 @@ class StateBeside(PackedLayer[Any]):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Give sequence ``i`` the past of sequence ``beam_idx[i]``."""
-        self.state.reorder_cache(beam_idx)
+        self._reorder_state(beam_idx)
         super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def _reorder_state(self, beam_idx: torch.LongTensor) -> None:
+        self.state.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times.
@@ -73,8 +76,9 @@ class StateBeside(PackedLayer[Any]):
         Raises:
             ValueError: the state cannot.
         """
-        self._of_sequences("batch_repeat_interleave")(repeats)
+        of_state = self._of_sequences("batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        of_state(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices`` (integers or a boolean mask).
@@ -82,8 +86,9 @@ class StateBeside(PackedLayer[Any]):
         Raises:
             ValueError: the state cannot.
         """
-        self._of_sequences("batch_select_indices")(indices)
+        of_state = self._of_sequences("batch_select_indices")
         super().batch_select_indices(indices)  # type: ignore[misc]
+        of_state(indices)
 
     def _of_sequences(self, operation: str) -> Any:
         method = getattr(self.state, operation, None)
@@ -95,14 +100,18 @@ class StateBeside(PackedLayer[Any]):
         return method
 
     def reset(self) -> None:
-        """Forget every token, and free the pages."""
+        """Forget every token."""
         self.state.reset()
         super().reset()  # type: ignore[misc]
 
     def offload(self) -> None:
-        """Move everything to the CPU until the next update."""
-        self.state.offload()
+        """Move everything to the CPU until the next update.
+
+        Raises:
+            ValueError: the pages have a fixed place.
+        """
         super().offload()  # type: ignore[misc]
+        self.state.offload()
 
     def prefetch(self) -> None:
         """Move everything back to the device of the layer."""
@@ -111,7 +120,10 @@ class StateBeside(PackedLayer[Any]):
 
     def memory(self) -> MemoryFigures:
         """True bytes of the layer, the state included."""
-        return super().memory() + dense_memory(self.state)
+        return super().memory() + self._state_memory()
+
+    def _state_memory(self) -> MemoryFigures:
+        return dense_memory(self.state)
 
 
 class TurboQuantIndexedLayer(StateBeside, TurboQuantLayer):

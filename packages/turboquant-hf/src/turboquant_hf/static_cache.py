@@ -9,11 +9,26 @@ import torch
 from transformers import PreTrainedConfig
 
 from .arguments import checks_config_and_names
-from .compat import StaticCache, StaticLayer, StaticSlidingWindowLayer
+from .compat import (
+    GENERATE_MASKS_LACK_WINDOWS,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticCache,
+    StaticIndexedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from .options import Bits, CacheOptions, CenterKeys, CompressV, windows_of
 from .packed_cache import PackedCache
+from .special_layer import linear_state
 from .static_layer import TurboQuantStaticLayer
 from .static_sliding_layer import TurboQuantStaticSlidingLayer
+from .static_special_layer import (
+    TurboQuantStaticHybridLayer,
+    TurboQuantStaticHybridSlidingLayer,
+    TurboQuantStaticIndexedLayer,
+)
 
 
 class TurboQuantStaticCache(PackedCache, StaticCache):
@@ -26,8 +41,8 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     and with them the compiled graphs. Sequences can be reordered (beams) and cropped, not repeated, selected, offloaded
     or saved.
 
-    Sliding-window layers that are not packed (``compress_sliding=False``), linear-attention and other special layers
-    are as in ``StaticCache``.
+    A Mamba state or the keys of an indexer that a layer has besides stay as they are. Sliding-window layers that are
+    not packed (``compress_sliding=False``), linear-attention and other special layers are as in ``StaticCache``.
 
     Args:
         config: of the model.
@@ -79,14 +94,32 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
         self._pack_layers(config, options)
 
     def _packed(self, index: int, layer: Any) -> Any:
-        # Exactly these types: subclasses keep more than keys and values.
-        if type(layer) is StaticLayer:
-            return TurboQuantStaticLayer(index, len(self.layers), self.options, self.padding, self.room)
-        if self.options.compress_sliding and type(layer) is StaticSlidingWindowLayer:
-            # The stock layer has the smaller of window and room, and beyond the room nothing slides.
-            window = layer.max_cache_len
-            return TurboQuantStaticSlidingLayer(index, len(self.layers), self.options, self.padding, self.room, window)
+        kind, place = type(layer), (index, len(self.layers), self.options, self.padding, self.room)
+        # Exactly these types: others keep what no class here knows of.
+        if kind is StaticLayer:
+            return TurboQuantStaticLayer(*place)
+        if kind is StaticIndexedLayer:
+            return TurboQuantStaticIndexedLayer(layer, *place)
+        if kind is LinearAttentionAndStaticFullAttentionLayer:
+            return TurboQuantStaticHybridLayer(linear_state(layer), *place)
+        # The stock layer has the smaller of window and room, and beyond the room nothing slides.
+        if self.options.compress_sliding and kind is StaticSlidingWindowLayer:
+            return TurboQuantStaticSlidingLayer(*place, layer.max_cache_len)
+        if self.options.compress_sliding and kind is LinearAttentionAndStaticSlidingWindowAttentionLayer:
+            return TurboQuantStaticHybridSlidingLayer(linear_state(layer), *place, layer.max_cache_len)
         return layer
+
+    def check_generate(self) -> None:
+        """Raise ``ValueError`` when ``generate`` would prepare other masks for this cache than the model makes."""
+        is_hit = (
+            isinstance(x, LinearAttentionCacheLayerMixin) and getattr(x, "is_sliding", False) for x in self.layers
+        )
+        if GENERATE_MASKS_LACK_WINDOWS and any(is_hit):
+            raise ValueError(
+                "layers of this model have a sliding window and a linear-attention state, and generate() of this "
+                "release of Transformers would show them all of the past in a static cache: use TurboQuantCache "
+                "(without max_cache_len), or call the model itself"
+            )
 
     @property
     def has_past(self) -> bool:

@@ -119,8 +119,9 @@ class TurboQuantStaticLayer(PackedLayer[StaticSequences], StaticLayer):
         return (self.max_cache_len if self.has_past else query_length), 0
 
     def get_seq_length(self) -> Any:
-        """Tokens held: int64 scalar on the device, 0 before the first update."""
-        return self.store.filled if self.store is not None else 0
+        """Tokens held now: int64 scalar on the device, 0 before the first update."""
+        # A copy: a model may ask before an update and read the answer after it.
+        return self.store.filled.clone() if self.store is not None else 0
 
     def reset(self) -> None:
         """Forget every token; pages stay, so that compiled graphs and the batch size do."""

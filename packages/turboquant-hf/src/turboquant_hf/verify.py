@@ -183,9 +183,19 @@ def verify_static(
 
     Raises:
         ValueError: the model is an encoder-decoder.
-        TurboQuantError: logits over packed pages differ from those over the same decoded vectors.
+        TurboQuantError: logits over packed pages differ from those over the same decoded vectors, or the model fails
+            over a static cache.
     """
-    _compare(model, make_static(PROMPT_TOKENS + DECODE_STEPS + CHUNK_TOKENS), make_cache())
+    try:
+        _compare(model, make_static(PROMPT_TOKENS + DECODE_STEPS + CHUNK_TOKENS), make_cache())
+    except (TurboQuantError, ValueError):
+        raise
+    # A model may take the room that keys have for their number, and fail in a way of its own.
+    except Exception as error:
+        raise TurboQuantError(
+            f"{type(model).__name__} does not run over a cache of fixed room ({type(error).__name__}: {error}): leave "
+            "max_cache_len out for one that grows"
+        ) from error
 
 
 def _compare(model: PreTrainedModel, cache: Cache, reference: TurboQuantCache) -> tuple[float, float]:

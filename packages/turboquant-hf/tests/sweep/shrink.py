@@ -48,7 +48,7 @@ SIZES: dict[str, int] = {
         32,
     ),
     **dict.fromkeys(
-        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "index_n_heads"),
+        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
         4,
     ),
     **dict.fromkeys(
@@ -62,6 +62,8 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 64),
     "index_topk": WINDOW,
+    # Scores of few heads are zero for several keys, and which of them are chosen is chance.
+    "index_n_heads": 16,
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 32),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
