@@ -78,13 +78,6 @@ def test_a_layer_that_is_named_twice_is_refused() -> None:
         read({"layers": {"1": {"k_bits": 2}, "-3": {"k_bits": 3}}}).check_layers(4)
 
 
-@pytest.mark.parametrize("given", [{"boundary_layers": 2}, {"layers": dict.fromkeys("0123", UNCOMPRESSED)}])
-def test_a_model_without_a_packed_layer_is_refused(given: dict[str, Any]) -> None:
-    read(given).check_layers(5)
-    with pytest.raises(OptionError, match="leave all 4 layers uncompressed"):
-        read(given).check_layers(4)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [

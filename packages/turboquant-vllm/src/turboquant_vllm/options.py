@@ -91,7 +91,7 @@ class Options:
         return named.get(index, self.boundary if at_boundary else self.default)
 
     def check_layers(self, count: int) -> None:
-        """Raise ``OptionError`` for a layer beyond the ``count`` of a model or named twice, and if none is packed."""
+        """Raise ``OptionError`` for a layer beyond the ``count`` of a model, or named twice."""
         named: dict[int, int] = {}
         for index, _ in self.layers:
             if not -count <= index < count:
@@ -103,11 +103,6 @@ class Options:
                     f"turboquant.layers names layer {index % count} of {count} as {named[index % count]} and as "
                     f"{index}: drop one of them"
                 )
-        if all(self.layer(index, count) == UNCOMPRESSED for index in range(count)):
-            raise OptionError(
-                f"turboquant.layers and boundary_layers leave all {count} layers uncompressed: name fewer, or drop "
-                "--attention-backend"
-            )
 
 
 def read_options(additional_config: object, environment: Mapping[str, str]) -> Options:

@@ -64,7 +64,7 @@ def layer_choice(options: Options, vllm_config: Any, layer_name: str) -> LayerCh
     """Bits of a layer, or that it stays uncompressed.
 
     Raises:
-        OptionError: the options name a layer that the model does not have, or one twice, or leave none to be packed.
+        OptionError: the options name a layer that the model does not have, or one twice.
     """
     count = layer_count(vllm_config)
     options.check_layers(count)

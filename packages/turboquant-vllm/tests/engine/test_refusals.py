@@ -198,7 +198,6 @@ def test_variables_of_the_environment(
         ({"boundary": "raw"}, "turboquant.boundary is 'raw'"),
         ({"layers": {"4": "uncompressed"}}, "turboquant.layers names layer 4; the model has layers -4 to 3"),
         ({"layers": {"3": {"k_bits": 2}, "-1": {"k_bits": 3}}}, "turboquant.layers names layer 3 of 4 as 3 and as -1"),
-        ({"boundary_layers": 2}, "leave all 4 layers uncompressed"),
         ({"prefill": "exact"}, "turboquant.prefill is 'exact'"),
         ({"key_scale": "best"}, "turboquant.key_scale is 'best'"),
         ({"value_scale": None}, "turboquant.value_scale is None"),
