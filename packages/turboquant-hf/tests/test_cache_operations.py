@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, Gemma3TextConfig, Lfm2Config
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.verify import decoded_twin
+
+from .conftest import GQA, build
 
 
 @pytest.fixture
@@ -103,3 +106,33 @@ def test_pages_grow_without_a_copy_of_every_step(llama: Any, pair: tuple[TurboQu
         pages.add(packed.layers[0].packed_sequences.past().packed.pages.data_ptr())
     assert packed.get_seq_length() == 31
     assert len(pages) == 1
+
+
+ATTENTION_FIRST: dict[str, Any] = {
+    "linear": Lfm2Config(**GQA, conv_L_cache=3, layer_types=["full_attention", "conv"]),
+    "sliding": Gemma3TextConfig(**GQA, sliding_window=8, layer_types=["full_attention", "sliding_attention"]),
+}
+"""A layer that has refused nothing yet when the next one refuses."""
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "error"),
+    [
+        ("linear", lambda cache: cache.crop(-4), RuntimeError),
+        ("linear", lambda cache: cache.batch_repeat_interleave(2), ValueError),
+        ("linear", lambda cache: cache.batch_select_indices(torch.tensor([0])), ValueError),
+        ("sliding", lambda cache: cache.crop(-4), RuntimeError),
+    ],
+    ids=["linear-crop", "linear-repeat", "linear-select", "sliding-crop"],
+)
+@pytest.mark.skipif(not hasattr(DynamicCache, "is_croppable"), reason="Transformers 5.5 lets these layers be")
+def test_what_one_layer_refuses_changes_no_layer(name: str, operation: Any, error: type[Exception]) -> None:
+    model = build(ATTENTION_FIRST[name], "sdpa")
+    ids = torch.randint(2, 97, (3, 21), generator=torch.Generator().manual_seed(1))
+    cache, untouched = (TurboQuantCache(model.config, page_size=16) for _ in range(2))
+    with torch.no_grad():
+        for one in (cache, untouched):
+            model(ids, **{CACHE_ARGUMENT: one})
+        with pytest.raises(error):
+            operation(cache)
+        assert torch.equal(step(model, cache, 3), step(model, untouched, 3))

@@ -107,7 +107,7 @@ def test_a_convolution_that_records_its_past_can_be_cropped(pair: tuple[Any, Any
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
-        (lambda cache: cache.batch_repeat_interleave(2), "layer 0 keeps a LinearAttentionLayer beside.*reorder_cache"),
+        (lambda cache: cache.batch_repeat_interleave(2), "layer 0 keeps a LinearAttentionLayer, which.*reorder_cache"),
         (lambda cache: cache.batch_select_indices(torch.tensor([1])), "which has no batch_select_indices"),
     ],
     ids=["repeat", "select"],

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .automatic_center import may_center
-from .compat import Cache
+from .compat import Cache, LinearAttentionCacheLayerMixin
 from .generation import watch_generate
 from .held_text import HeldText
 from .memory import CacheMemory
@@ -96,8 +96,14 @@ class PackedCache(Cache):
         return {i: center for i, center in centers.items() if center is not None}
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens of every layer."""
-        super().crop(tokens_to_remove)
+        """Remove the last ``-tokens_to_remove`` tokens of every layer.
+
+        Raises:
+            RuntimeError: a layer no longer has what it would show then: a linear-attention state, a sliding window.
+        """
+        # Those first which may refuse, so that nothing has changed then.
+        for layer in sorted(self.layers, key=_can_always_go_back):
+            layer.crop(tokens_to_remove)
         self.text.crop(int(self.get_seq_length()))
 
     def reset(self) -> None:
@@ -112,14 +118,33 @@ class PackedCache(Cache):
         self.text.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times."""
+        """Repeat every sequence ``repeats`` times.
+
+        Raises:
+            ValueError: a layer cannot; nothing has changed then.
+        """
+        self._check_each_can("batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)
         self.text.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` (integers or a boolean mask)."""
+        """Keep the sequences ``indices`` (integers or a boolean mask).
+
+        Raises:
+            ValueError: a layer cannot; nothing has changed then.
+        """
+        self._check_each_can("batch_select_indices")
         super().batch_select_indices(indices)
         self.text.select(indices)
+
+    def _check_each_can(self, operation: str) -> None:
+        for index, layer in enumerate(self.layers):
+            kept = getattr(layer, "state", layer)
+            if not hasattr(kept, operation):
+                raise ValueError(
+                    f"layer {index} keeps a {type(kept).__name__}, which has no {operation}(): begin with as many "
+                    "sequences as are needed, or use reorder_cache()"
+                )
 
     def _header(self) -> dict[str, Any]:
         return {"model": self._fingerprint, "seed": self.options.seed, "page_size": self.options.page_size}
@@ -131,3 +156,7 @@ class PackedCache(Cache):
     def summary(self) -> Summary:
         """Each layer with its path, calls and bytes; print it."""
         return Summary(tuple(LayerSummary.of(index, layer) for index, layer in enumerate(self.layers)))
+
+
+def _can_always_go_back(layer: Any) -> bool:
+    return not (isinstance(layer, LinearAttentionCacheLayerMixin) or getattr(layer, "is_sliding", False))

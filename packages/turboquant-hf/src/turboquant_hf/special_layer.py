@@ -71,33 +71,14 @@ class StateBeside(PackedLayer[Any]):
         self.state.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times.
-
-        Raises:
-            ValueError: the state cannot.
-        """
-        of_state = self._of_sequences("batch_repeat_interleave")
+        """Repeat every sequence ``repeats`` times; a recurrent state cannot."""
+        self.state.batch_repeat_interleave(repeats)
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        of_state(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` (integers or a boolean mask).
-
-        Raises:
-            ValueError: the state cannot.
-        """
-        of_state = self._of_sequences("batch_select_indices")
+        """Keep the sequences ``indices`` (integers or a boolean mask); a recurrent state cannot."""
+        self.state.batch_select_indices(indices)
         super().batch_select_indices(indices)  # type: ignore[misc]
-        of_state(indices)
-
-    def _of_sequences(self, operation: str) -> Any:
-        method = getattr(self.state, operation, None)
-        if method is None:
-            raise ValueError(
-                f"layer {self.layer_idx} keeps a {type(self.state).__name__} beside its keys and values, which has no "
-                f"{operation}(): begin with as many sequences as are needed, or use reorder_cache()"
-            )
-        return method
 
     def reset(self) -> None:
         """Forget every token."""
