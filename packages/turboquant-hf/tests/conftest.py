@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from transformers import (
 from turboquant_hf import options
 
 VOCABULARY = 97
+TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny"
+"""A trained model with its tokenizer."""
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

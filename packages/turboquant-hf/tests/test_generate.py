@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from turboquant_hf import CacheMemory, TurboQuantCache, patch_model, turboquant, unpatch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.verify import decoded_twin
+
+from .conftest import CONFIGS, TINY, build
 
 NEW_TOKENS = 12
 
@@ -115,8 +118,6 @@ def test_paths_are_reported(llama: Any, prompt: torch.Tensor) -> None:
 
 
 def test_uncompressed_layers_are_reported(prompt: torch.Tensor) -> None:
-    from .conftest import CONFIGS, build
-
     gemma = build(*CONFIGS["gemma2"])
     cache = patch_model(gemma)
     generate(gemma, prompt, cache)
@@ -169,6 +170,22 @@ def test_context_manager_gives_a_fresh_cache_each_time(llama: Any, prompt: torch
             assert torch.equal(generate(llama, prompt, None), expected)
     assert llama.config._attn_implementation == "sdpa"
     assert torch.equal(generate(llama, prompt, None), plain)
+
+
+def test_a_pipeline_in_the_block() -> None:
+    """It passes no cache, pads its batches itself, and needs nothing but the block."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, local_files_only=True).eval()
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    texts = ["The memory of a language model", "A cache of keys"]
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
+    plain = write(texts, **options)
+    with turboquant(model, bits=2):
+        written = write(texts, **options)
+    assert written != plain
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    out = model.generate(**inputs, **{CACHE_ARGUMENT: patch_model(model, bits=2)}, **options)
+    assert [given["generated_text"] for (given,) in written] == tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
 def test_patched_model_with_a_stock_cache(model: Any, prompt: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.presets import measured_preset, preset_options
 
-TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny"
+from .conftest import TINY
 
 
 def preset_for(model: Any, **changes: Any) -> Preset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from turboquant_core import PackedPast, TurboQuantError
 from turboquant_hf import QualityWarning, TurboQuantCache, patch_model, unpatch_model, verify_model
 from turboquant_hf import fused as fused_module
 
-TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny"
+from .conftest import CONFIGS, TINY, build
 
 
 def test_every_family_passes(model: Any) -> None:
@@ -58,8 +57,6 @@ def test_half_precision(dtype: torch.dtype, bits: int, monkeypatch: pytest.Monke
 
 
 def test_a_dropped_softcap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from .conftest import CONFIGS, build
-
     gemma = build(*CONFIGS["gemma2"])
     gemma.config.attn_logit_softcapping = 0.5
     for layer in gemma.model.layers:
