@@ -27,8 +27,10 @@ sys.path.insert(0, str(TESTS))
 from compile_attend import attention, signature, single_warps  # noqa: E402
 from compile_kernels import compiled_for, resources  # noqa: E402
 
+from turboquant_core.testing.cases import page_layout  # noqa: E402
+from turboquant_triton.attend import config_for  # noqa: E402
 from turboquant_triton.kernels.attend_permute import attend_permute_kernel  # noqa: E402
-from turboquant_triton.tuning import AttendConfig, attend_config, warp_config  # noqa: E402
+from turboquant_triton.tuning import AttendConfig, attend_config  # noqa: E402
 
 CLASSES = ((4, 4), (3, 3), (2, 2), (4, 2), (4, 16))
 HEAD_DIMS = (64, 128, 256)
@@ -151,20 +153,25 @@ def measure(variant: Variant, capability: int) -> dict[str, Any]:
     }
 
 
+def chosen_config(key_bits: int, value_bits: int, head_dim: int, n: int, page_size: int, permute: bool) -> AttendConfig:
+    """What the library launches, or with ``permute`` the kernel of plain Triton even where single warps can attend."""
+    if permute:
+        return attend_config(key_bits, value_bits, head_dim, n)
+    fractional = {302: 2.5, 403: 3.5}
+    values = None if value_bits == 16 else fractional.get(value_bits, value_bits)
+    layout = page_layout(fractional.get(key_bits, key_bits), values, head_dim, page_size=page_size)
+    return config_for(layout, n, True)
+
+
 def variants(arguments: argparse.Namespace) -> list[Variant]:
     """What the command line asks for."""
+    given = {name: value for name, value in vars(arguments).items() if name in CONFIG and value is not None}
     chosen = []
     for head_dim in arguments.head_dims:
-        for key_bits, value_bits in arguments.bits or CLASSES:
+        for bits in arguments.bits or CLASSES:
             for n in arguments.query_rows:
-                config = (
-                    warp_config(head_dim, n)
-                    if arguments.single_warps
-                    else attend_config(key_bits, value_bits, head_dim, n)
-                )
-                given = {name: value for name, value in vars(arguments).items() if name in CONFIG and value is not None}
-                config = replace(config, **given)
-                chosen.append(Variant(key_bits, value_bits, head_dim, n, arguments.page_size, config))
+                config = chosen_config(*bits, head_dim, n, arguments.page_size, arguments.permute)
+                chosen.append(Variant(*bits, head_dim, n, arguments.page_size, replace(config, **given)))
     return chosen
 
 
@@ -183,7 +190,7 @@ def main() -> None:
     parser.add_argument("--bits", type=pair, nargs="+", help="pairs: 4/4, 3/16 (raw values), 302/403 (2.5, 3.5 bits)")
     parser.add_argument("--query-rows", type=int, nargs="+", default=[8], help="query vectors of a program: 8, 16, 32")
     parser.add_argument("--page-size", type=int, default=128)
-    parser.add_argument("--single-warps", action="store_true", help="the kernel of single warps, codes of one width")
+    parser.add_argument("--permute", action="store_true", help="plain Triton even where single warps can attend")
     for name in CONFIG:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="in place of the tuned value")
     arguments = parser.parse_args()

@@ -96,7 +96,7 @@ def sweep_attend(
 
     ``step`` allocates its workspace, whose size depends on them.
     """
-    name = "turboquant_triton.attend.attend_config"
+    name = "turboquant_triton.attend.config_for"
     configs = chain(attend_configs(), warp_configs() if single_warps else ())
     return sweep(step, configs, lambda config: mock.patch(name, return_value=config), share)
 

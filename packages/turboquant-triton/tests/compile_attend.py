@@ -49,7 +49,7 @@ def single_warps(
     dim: int, key_bits: int, value_bits: int, newest: bool, **other: Any
 ) -> tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]:
     """The kernel of single warps, with ``other`` compile-time arguments than those of a plain decode step."""
-    config = warp_config(dim, other.get("N", 8))
+    config = warp_config(key_bits, value_bits, dim, other.get("N", 8), other.get("PAGE_SIZE", 128))
     constants = {
         "D": dim, "VALUE_DIM": dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "PAGE_SIZE": 128, **GROUPED, **SEEN,
         "CHUNK_BYTES": 128 * (dim * (key_bits + value_bits) // 8 + 4), "N": 8, "BLOCK": config.block,
@@ -104,9 +104,11 @@ def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any],
         "PDL": newest,
     }
     types = {"query": "*bf16"}
-    yield "prepare", attend_prepare_kernel, prepare, types, {"num_warps": 8}
     merge = {"D": dim, **GROUPED, "N": 8, "ROTATED": True, "HAS_SINKS": False, "PIECES": 16, "PDL": newest}
-    yield "merge", attend_merge_kernel, merge, {}, {"num_warps": 8}
+    for together in (1, 16) if dim <= 128 else (1,):
+        several = {"VECTORS": together}
+        yield f"prepare {together}", attend_prepare_kernel, prepare | several, types, {"num_warps": 8}
+        yield f"merge {together}", attend_merge_kernel, merge | several, {}, {"num_warps": 8}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from turboquant_triton.kernels.encode import encode
 from turboquant_triton.kernels.gather import gather
 from turboquant_triton.kernels.store import store
 
-BATCHES = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32)
+BATCHES = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 300)
 TOKENS = (1, 2, 3, 16, 17, 48, 100)
 GROUP = 4
 HEAD_DIM = 64

@@ -46,7 +46,9 @@ def test_compiles_and_fits(capability: int, head_dim: int) -> None:
 def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None:
     records = compile_all(capability, head_dim, "compile_attend.py")
     single_warps = {64: 1, 128: 5, 256: 3}.get(head_dim, 0)
-    assert len(records) == (14 if head_dim % 32 == 0 else 10) + single_warps
+    # Rotations of one vector and of a tile of them, which is for small heads.
+    rotating = 4 if head_dim <= 128 else 2
+    assert len(records) == (12 if head_dim % 32 == 0 else 8) + rotating + single_warps
     assert all(int(record["shared"]) <= SHARED_MEMORY[capability] for record in records)
     # Three-bit codes are unpacked from several registers of a fragment, in the order of these widths.
     orders = {str(record["name"]): record["orders"] for record in records if str(record["name"]).startswith("permute")}
@@ -62,9 +64,6 @@ def test_both_forms_of_attention_compile(capability: int, head_dim: int) -> None
         # Accumulators of 2.5 bits, two times eight, leave a few bytes to spill.
         spilled = {record["name"]: int(record["stack"]) for record in records if "portable" not in str(record["name"])}
         assert spilled.pop("permute 302/302") <= 56
-        # Bound to 128 registers, so that four warps share a scheduler.
-        bound = [spilled.pop(name) for name in list(spilled) if str(name).startswith("warp")]
-        assert max(bound) <= 128
         assert not any(spilled.values())
 
 

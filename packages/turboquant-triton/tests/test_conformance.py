@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turboquant_core import PageLayout
 from turboquant_core.testing import ProviderConformance
-from turboquant_triton import TritonProvider, attend
-from turboquant_triton.attend import config_for
-from turboquant_triton.support import single_warps_supported
-from turboquant_triton.tuning import AttendConfig, warp_config
+from turboquant_triton import TritonProvider
 
 GPU = torch.cuda.is_available()
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
@@ -39,7 +35,10 @@ class TestPortable(ProviderConformance):
 @pytest.mark.skipif(not GPU, reason="byte-permute instructions need an NVIDIA GPU")
 @pytest.mark.gpu
 class TestPermute(ProviderConformance):
-    """Byte-permute and int8 tensor cores: the tolerance is that of int8 queries."""
+    """Byte-permute and int8 tensor cores: the tolerance is that of int8 queries.
+
+    Attention is by single warps at 128, 256 and, with 4 bits, 64, and in plain Triton at the others.
+    """
 
     device = "cuda"
     dtype = torch.bfloat16
@@ -61,24 +60,3 @@ class TestPermute(ProviderConformance):
 class TestPermuteHalf(TestPermute):
     dtype = torch.float16
     head_dims = (128,)
-
-
-def single_warps_where_supported(layout: PageLayout, n: int, permute: bool) -> AttendConfig:
-    """:func:`turboquant_triton.attend.config_for` that prefers the kernel of single warps."""
-    if permute and single_warps_supported(layout, n):
-        return warp_config(max(layout.key.head_dim, layout.value.head_dim), n)
-    return config_for(layout, n, permute)
-
-
-@pytest.mark.skipif(not GPU, reason="byte-permute instructions need an NVIDIA GPU")
-@pytest.mark.gpu
-class TestSingleWarps(TestPermute):
-    """The kernel that no configuration chooses, which sweeps are about to time, where its operands are whole."""
-
-    head_dims = (128, 256)
-    page_sizes = (16, 128)
-    group_sizes = (1, 4, 16)
-
-    @pytest.fixture(autouse=True)
-    def _chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(attend, "config_for", single_warps_where_supported)

@@ -45,6 +45,7 @@ SUITE = Suite()
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch) -> EmulatedProvider:
     monkeypatch.setattr(tl, "inline_asm_elementwise", emulated_asm.inline_asm_elementwise)
+    monkeypatch.setattr("turboquant_triton.attend.single_warps_supported", lambda layout, n: False)
     return EmulatedProvider()
 
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Equal and unequal query lengths, in each of the two forms; pieces of an item in powers of 4; keys and values.
+# Equal and unequal query lengths, in each of the two forms, for few sequences and for hundreds; pieces of an item in
+# powers of 4; keys and values.
 FORMS = {
-    "attend_prepare_kernel": 4,
-    "attend_permute_kernel": 1,
-    "attend_portable_kernel": 1,
-    "attend_merge_kernel": 5,
+    "attend_prepare_kernel": 8,
+    "attend_warp_kernel": 2,
+    "attend_portable_kernel": 2,
+    "attend_merge_kernel": 7,
     "gather_kernel": 2,
     "store_kernel": 1,
     "encode_kernel": 1,

@@ -21,12 +21,15 @@ from .kernels.attend_portable import attend_portable_kernel
 from .kernels.attend_prepare import attend_prepare_kernel
 from .kernels.unpack_asm import cubic_levels, int8_levels
 from .launch import bits_code, padded
-from .tuning import PORTABLE, AttendConfig, attend_config
+from .support import single_warps_supported
+from .tuning import PORTABLE, AttendConfig, attend_config, warp_config
 from .workspace import AttendShape, Workspace, carve, workspace_bytes
 
 _RAW_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _WEIGHT_SHIFT = 2.0**15
 _MERGE_TILE = 128 * 128
+# A tile of the tensor cores.
+_ROWS_TOGETHER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,10 @@ def config_for(layout: PageLayout, n: int, permute: bool) -> AttendConfig:
     """Launch parameters for a layout and ``n`` query vectors a program, and with them the kernel."""
     if not permute:
         return PORTABLE
-    return attend_config(bits_code(layout.key), value_bits(layout), max(layout.key.head_dim, layout.value.head_dim), n)
+    head_dim = max(layout.key.head_dim, layout.value.head_dim)
+    if single_warps_supported(layout, n):
+        return warp_config(bits_code(layout.key), value_bits(layout), head_dim, n, layout.page_size)
+    return attend_config(bits_code(layout.key), value_bits(layout), head_dim, n)
 
 
 def attend(
@@ -120,13 +126,23 @@ def _shape_bytes(shape: AttendShape, request: KernelRequest, permute: bool) -> i
     return workspace_bytes(shape, programs, request.layout, permute)
 
 
-def _pieces(shape: AttendShape, programs: int, value_dim: int) -> int:
+def _pieces(shape: AttendShape, programs: int, value_dim: int, vectors: int) -> int:
     """Pieces of an item that the merge reads together: about as many as an item has when all are of one length.
 
     A power of 4, so that few are compiled.
     """
     expected = programs // shape.items + 2
-    return min(max(1 << 2 * -(-(expected - 1).bit_length() // 2), 4), _MERGE_TILE // value_dim)
+    return min(max(1 << 2 * -(-(expected - 1).bit_length() // 2), 4), _MERGE_TILE // (vectors * value_dim))
+
+
+def _vectors_together(query: Tensor, head_dim: int) -> int:
+    """Query vectors that one program rotates.
+
+    One, so that a few spread over the GPU; a tile once there is more than one for each multiprocessor, since each
+    program reads the whole matrix. That of more than 128 coordinates would not fit into every GPU's shared memory.
+    """
+    many = query.shape[0] * query.shape[1] > multiprocessors(query.device)
+    return _ROWS_TOGETHER if many and padded(head_dim) <= 128 else 1
 
 
 def _prepare(
@@ -146,7 +162,8 @@ def _prepare(
     if permute:
         multiplier *= int8_levels(codec.layout.key.parts[0].width).step
     vectors = query.shape[0] * query.shape[1]
-    attend_prepare_kernel[(vectors + 1,)](
+    together = _vectors_together(query, codec.layout.key.head_dim)
+    attend_prepare_kernel[(-(-vectors // together) + 1,)](
         query,
         hadamard_fp16(codec.layout.key.head_dim, query.device, False),
         codec.key.signs,
@@ -178,6 +195,7 @@ def _prepare(
         SKIP_LAST=options.skip_last,
         ROWS_BLOCK=shape.rows_block,
         KEY_BITS=bits_code(codec.layout.key),
+        VECTORS=together,
         PDL=permute and has_dependent_launch(query.device),
         num_warps=8,
     )
@@ -349,7 +367,9 @@ def _merge(
         scale = cubic_levels(layout.value.parts[0].width).step / _WEIGHT_SHIFT
     value_dim = layout.value.head_dim
     pdl = permute and has_dependent_launch(out.device)
-    attend_merge_kernel[(out.shape[0] * out.shape[1],)](
+    vectors = out.shape[0] * out.shape[1]
+    together = _vectors_together(out, value_dim)
+    attend_merge_kernel[(-(-vectors // together),)](
         space.partial,
         space.stats,
         space.plan,
@@ -360,6 +380,7 @@ def _merge(
         lse,
         shape.rows,
         programs,
+        vectors,
         scale,
         D=value_dim,
         KV_HEADS=layout.kv_heads,
@@ -369,7 +390,8 @@ def _merge(
         N=shape.n,
         ROTATED=rotated,
         HAS_SINKS=sinks is not None,
-        PIECES=_pieces(shape, programs, padded(value_dim)),
+        PIECES=_pieces(shape, programs, padded(value_dim), together),
+        VECTORS=together,
         PDL=pdl,
         num_warps=8,
         launch_pdl=pdl,

@@ -28,8 +28,8 @@ class RowsConfig:
     num_stages: int
 
 
-# Four warps share its rows, a quarter of the coordinates each: few rows wait for the longest chain of instructions.
-SMALL = RowsConfig(block=16, num_warps=4, num_stages=1)
+# Warps share its rows, at most 32 coordinates each: few rows wait for the longest chain of instructions.
+SMALL = RowsConfig(block=16, num_warps=8, num_stages=1)
 # Asynchronous copies pass by the first-level cache, which holds the matrix for all programs of a multiprocessor.
 LARGE = RowsConfig(block=64, num_warps=4, num_stages=1)
 

@@ -30,7 +30,7 @@ PORTABLE = AttendConfig(block=32, num_warps=4, num_stages=1, programs_per_sm=2)
 
 
 def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> AttendConfig:
-    """Configuration of the permute kernel.
+    """Configuration of the permute kernel, for what single warps do not take.
 
     No more programs than fit on a multiprocessor (``benchmarks/sass.py`` counts them): the work is dealt evenly to all,
     and those that had to wait for a place would finish last.
@@ -59,12 +59,14 @@ def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> 
     return AttendConfig(64, 1, num_stages=3, programs_per_sm=12 if few else 8, max_registers=registers)
 
 
-def warp_config(head_dim: int, n: int = 8) -> AttendConfig:
-    """What the kernel of single warps is tried with first.
+def warp_config(key_bits: int, value_bits: int, head_dim: int, n: int, page_size: int) -> AttendConfig:
+    """Configuration of the kernel of single warps, which attends wherever it can (``support.single_warps_supported``).
 
-    :func:`attend_config` does not choose it before ``benchmarks/kernels.py --sweep`` has timed it on a GPU.
+    Few warps with all the registers that a thread can have are the fastest. Where a tile would span pages, a smaller
+    one spans fewer, and more warps hide the look-ups.
     """
-    block = 32 if head_dim > 128 else 64
-    if head_dim > 128 or n > 8:
-        return AttendConfig(block, 1, 1, programs_per_sm=12, max_registers=168, single_warps=True)
-    return AttendConfig(block, 1, 1, programs_per_sm=16, max_registers=128, single_warps=True)
+    narrow = key_bits == value_bits == 2
+    if page_size % 64 and n <= 8 and head_dim <= 128:
+        return AttendConfig(64 if narrow else 32, 1, 1, programs_per_sm=12, max_registers=168, single_warps=True)
+    block = 32 if head_dim > 128 and not narrow else 64
+    return AttendConfig(block, 1, 1, programs_per_sm=8, max_registers=255, single_warps=True)

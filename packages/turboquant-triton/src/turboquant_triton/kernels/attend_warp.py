@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .warp_copies import allocate_tile, copy_keys, copy_values, tile_pages
+from .warp_copies import allocate_tile, code_halves, copy_keys, copy_values, tile_pages
 from .warp_layouts import LANES, PRODUCT, token_layout
 from .warp_operands import (
     add_values,
@@ -131,7 +131,8 @@ def tile_scores(
 ):
     """float32 ``[BLOCK, N]``: scores of a tile of keys over the queries' multipliers; NEVER where not ``written``."""
     q, tables, initial, _, _ = query
-    front, back, scales = tiles
+    codes, scales = tiles
+    front, back = code_halves(codes, KEY_BITS, BLOCK)
     scale = load_scales(scales, BLOCK)
     bias = scale * -MAGIC
     if MASKED:
@@ -177,12 +178,13 @@ def step(
     weights_decay = gl.convert_layout(decay, gl.SliceLayout(0, weights.type.layout))
     weights = weights * weights_decay[None, :] + gl.sum(gl.reshape(weight, [BLOCK // 8, 8, N]), 0)
     async_copy.wait_group(1)
-    value_scale = load_scales(values[2], BLOCK)
+    value_scale = load_scales(values[1], BLOCK)
     if MASKED:
         value_scale = gl.where(written, value_scale, 0.0)
     shifted, unit, unit_decay = lifted(weight, value_scale, unit, BLOCK, N)
     decay = (decay * unit_decay)[None, :]
-    output = add_values(output, values[0], values[1], weight_operand(shifted, BLOCK, N), decay, VALUE_BITS)
+    front, back = code_halves(values[0], VALUE_BITS, BLOCK)
+    output = add_values(output, front, back, weight_operand(shifted, BLOCK, N), decay, VALUE_BITS)
     copy_values(values, source, pages, tile + 1, last, D, VALUE_DIM, KEY_BITS, VALUE_BITS, PAGE_SIZE, BLOCK)
     pages = tile_pages(source[2], tile + 2, last, end, D, VALUE_DIM, KEY_BITS, VALUE_BITS, PAGE_SIZE, BLOCK)
     return (maximum_now, weights, unit, output), pages

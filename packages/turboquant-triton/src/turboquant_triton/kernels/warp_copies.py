@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .warp_layouts import SCALE_COPY, SCALE_LANES, SCALE_SHARED, group_layout, row_copy_layout, row_shared_layout
+from .warp_layouts import SCALE_COPY, SCALE_SHARED, copy_layout, group_layout, row_shared_layout, scale_group_layout
 from .widths import row_bytes
 
 # Triton 3.6 knows it by its older name.
@@ -20,10 +20,22 @@ def front_bytes(head_dim, bits):
     return head_dim // 4 if bits == 3 else row_bytes(head_dim, bits)
 
 
+@triton.constexpr_function
+def code_layout(head_dim, bits, itemsize, page_size, block):
+    """How the code rows of a tile are copied."""
+    return copy_layout(front_bytes(head_dim, bits), itemsize, block, bits == 3, page_size % block != 0)
+
+
+@triton.constexpr_function
+def code_groups(head_dim, bits, page_size, block):
+    """The groups of tokens of a tile as :func:`code_layout` has them."""
+    return group_layout(front_bytes(head_dim, bits), block, bits == 3, page_size % block != 0)
+
+
 @gluon.jit
-def group_pages(table, tile, end, COPY_LANES: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK: gl.constexpr):
+def group_pages(table, tile, end, GROUPS: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK: gl.constexpr):
     """Pages ``[8]`` of the groups of tokens of a tile; 0 beyond the sequence."""
-    group = gl.arange(0, 8, layout=gl.SliceLayout(0, group_layout(COPY_LANES, BLOCK)))
+    group = gl.arange(0, 8, layout=gl.SliceLayout(0, GROUPS))
     here = tile * BLOCK + (BLOCK // 8) * group
     return gl.load(table + here // PAGE_SIZE, mask=here < end, other=0).to(gl.int64)
 
@@ -39,22 +51,20 @@ def tile_pages(
         page = gl.load(table + gl.minimum(tile, last - 1) * BLOCK // PAGE_SIZE).to(gl.int64)
         return page, page, page
     else:
-        KEY: gl.constexpr = front_bytes(D, KEY_BITS) // 16
-        VALUE: gl.constexpr = front_bytes(VALUE_DIM, VALUE_BITS) // 16
         return (
-            group_pages(table, tile, end, KEY, PAGE_SIZE, BLOCK),
-            group_pages(table, tile, end, VALUE, PAGE_SIZE, BLOCK),
-            group_pages(table, tile, end, SCALE_LANES, PAGE_SIZE, BLOCK),
+            group_pages(table, tile, end, code_groups(D, KEY_BITS, PAGE_SIZE, BLOCK), PAGE_SIZE, BLOCK),
+            group_pages(table, tile, end, code_groups(VALUE_DIM, VALUE_BITS, PAGE_SIZE, BLOCK), PAGE_SIZE, BLOCK),
+            group_pages(table, tile, end, scale_group_layout(BLOCK), PAGE_SIZE, BLOCK),
         )
 
 
 @gluon.jit
 def tile_offsets(
     page, page_stride, tile,
-    START: gl.constexpr, ROW: gl.constexpr, COPY_LANES: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK: gl.constexpr,
+    START: gl.constexpr, ROW: gl.constexpr, GROUPS: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Where the entries (``ROW`` bytes each, from ``START`` on) of groups of tokens begin: a number, and ``[8]``."""
-    group = gl.arange(0, 8, layout=gl.SliceLayout(0, group_layout(COPY_LANES, BLOCK)))
+    group = gl.arange(0, 8, layout=gl.SliceLayout(0, GROUPS))
     if PAGE_SIZE % BLOCK == 0:
         return page * page_stride + (START + ((tile * BLOCK) % PAGE_SIZE) * ROW), group * (BLOCK // 8 * ROW)
     else:
@@ -63,44 +73,41 @@ def tile_offsets(
 
 
 @gluon.jit
-def plane_columns(column, PLANE: gl.constexpr, ITEM: gl.constexpr, BACK: gl.constexpr):
-    """Entry of a 3-bit row at each column of a tile, and which columns are read: two planes in turn, or the third."""
-    RUN: gl.constexpr = 16 // ITEM
+def plane_entries(row, column, ROW: gl.constexpr, PLANE: gl.constexpr, RUN: gl.constexpr, BLOCK: gl.constexpr):
+    """Entries of 3-bit code rows in a tile of halves, and which are read.
+
+    Runs of ``RUN`` entries of the first two planes take turns; the second halves have the third plane, and nothing.
+    """
+    plane = (2 * (row // BLOCK))[:, None] + ((column % (2 * RUN)) // RUN)[None, :]
     inside = (column // (2 * RUN)) * RUN + column % RUN
-    second = (column % (2 * RUN)) // RUN
-    if BACK:
-        entry = 2 * (PLANE // ITEM) + inside
-        read = gl.max_constancy(second == 0, RUN)
-    else:
-        entry = second * (PLANE // ITEM) + inside
-        read = gl.max_constancy(second < 2, RUN)
-    return gl.multiple_of(gl.max_contiguous(entry, RUN), RUN), read
+    entry = ((row % BLOCK) >> 3)[:, None] * ROW + plane * PLANE + inside[None, :]
+    return gl.multiple_of(gl.max_contiguous(entry, [1, RUN]), [1, RUN]), gl.max_constancy(plane < 3, [1, RUN])
 
 
 @gluon.jit
 def copy_rows(
     shared, chunk_base, page, page_stride, tile, enabled,
-    START: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, TYPE: gl.constexpr, BACK: gl.constexpr,
+    START: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, TYPE: gl.constexpr,
     PAGE_SIZE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the code rows of a tile; at 3 bits the first two planes of each, or with ``BACK`` the third."""
+    """Start copying the code rows of a tile; at 3 bits in halves (:func:`plane_entries`)."""
     ITEM: gl.constexpr = TYPE.primitive_bitwidth // 8
     ROW: gl.constexpr = row_bytes(D, BITS)
-    WIDTH: gl.constexpr = front_bytes(D, BITS)
-    LAYOUT: gl.constexpr = row_copy_layout(WIDTH, ITEM)
-    row = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, WIDTH // ITEM, layout=gl.SliceLayout(0, LAYOUT))
-    base, offset = tile_offsets(page, page_stride, tile, START, ROW, WIDTH // 16, PAGE_SIZE, BLOCK)
-    offset = gl.reshape(offset[None, :].broadcast_to([BLOCK // 8, 8]), [BLOCK])
+    LAYOUT: gl.constexpr = code_layout(D, BITS, ITEM, PAGE_SIZE, BLOCK)
+    GROUPS: gl.constexpr = code_groups(D, BITS, PAGE_SIZE, BLOCK)
+    ROWS: gl.constexpr = 2 * BLOCK if BITS == 3 else BLOCK
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, front_bytes(D, BITS) // ITEM, layout=gl.SliceLayout(0, LAYOUT))
+    base, offset = tile_offsets(page, page_stride, tile, START, ROW, GROUPS, PAGE_SIZE, BLOCK)
+    offset = gl.reshape(offset[None, :].broadcast_to([ROWS // 8, 8]), [ROWS])
     offset = gl.multiple_of(gl.convert_layout(offset, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 16)
     pointer = ((chunk_base + base) + offset).to(gl.pointer_type(TYPE))[:, None]
-    if BITS == 3:
-        column, read = plane_columns(column, D // 8, ITEM, BACK)
-        mask = read[None, :] & enabled
-    else:
-        mask = enabled
     # What is known at compile time comes last, so that it becomes part of the instruction.
-    copy_in(shared, pointer + column[None, :] + ((row >> 3) * (ROW // ITEM))[:, None], mask=mask)
+    if BITS == 3:
+        entry, read = plane_entries(row, column, ROW // ITEM, D // 8 // ITEM, 16 // ITEM, BLOCK)
+        copy_in(shared, pointer + entry, mask=read & enabled)
+    else:
+        copy_in(shared, pointer + column[None, :] + ((row >> 3) * (ROW // ITEM))[:, None], mask=enabled)
 
 
 @gluon.jit
@@ -110,7 +117,7 @@ def copy_scales(
 ):  # fmt: skip
     """Start copying the fp16 scales of a tile, by pairs: a copy has four bytes at least."""
     pair = gl.arange(0, BLOCK // 16, layout=gl.SliceLayout(0, SCALE_COPY))
-    base, offset = tile_offsets(page, page_stride, tile, START, 2, SCALE_LANES, PAGE_SIZE, BLOCK)
+    base, offset = tile_offsets(page, page_stride, tile, START, 2, scale_group_layout(BLOCK), PAGE_SIZE, BLOCK)
     offset = gl.multiple_of(gl.convert_layout(offset, gl.SliceLayout(1, SCALE_COPY), assert_trivial=True), 4)
     pointer = ((chunk_base + base) + offset).to(gl.pointer_type(gl.int32))[:, None] + pair[None, :]
     copy_in(shared, pointer, mask=enabled)
@@ -123,11 +130,9 @@ def copy_codes(
     PAGE_SIZE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Start copying a tile's codes and scales, if it is before ``last``: one group of copies."""
-    front, back, scales = tiles
+    codes, scales = tiles
     on = tile < last
-    copy_rows(front, chunk_base, page, page_stride, tile, on, START, D, BITS, TYPE, False, PAGE_SIZE, BLOCK)
-    if BITS == 3:
-        copy_rows(back, chunk_base, page, page_stride, tile, on, START, D, BITS, TYPE, True, PAGE_SIZE, BLOCK)
+    copy_rows(codes, chunk_base, page, page_stride, tile, on, START, D, BITS, TYPE, PAGE_SIZE, BLOCK)
     copy_scales(scales, chunk_base, scale_page, page_stride, tile, on, SCALE, PAGE_SIZE, BLOCK)
     async_copy.commit_group()
 
@@ -165,11 +170,18 @@ def copy_values(
 
 @gluon.jit
 def allocate_tile(D: gl.constexpr, BITS: gl.constexpr, TYPE: gl.constexpr, BLOCK: gl.constexpr):
-    """Shared memory of a tile: codes, their third planes (at 3 bits) and scales."""
+    """Shared memory of a tile: codes, at 3 bits in two halves (:func:`plane_entries`), and scales."""
     ITEM: gl.constexpr = TYPE.primitive_bitwidth // 8
     WIDTH: gl.constexpr = front_bytes(D, BITS)
-    front = gl.allocate_shared_memory(TYPE, [BLOCK, WIDTH // ITEM], row_shared_layout(WIDTH, ITEM))
-    back = front
+    ROWS: gl.constexpr = 2 * BLOCK if BITS == 3 else BLOCK
+    codes = gl.allocate_shared_memory(TYPE, [ROWS, WIDTH // ITEM], row_shared_layout(WIDTH, ITEM))
+    return codes, gl.allocate_shared_memory(gl.int32, [8, BLOCK // 16], SCALE_SHARED)
+
+
+@gluon.jit
+def code_halves(codes, BITS: gl.constexpr, BLOCK: gl.constexpr):
+    """The tiles of the first two planes and of the third; at 2 and 4 bits the only one, twice."""
     if BITS == 3:
-        back = gl.allocate_shared_memory(TYPE, [BLOCK, WIDTH // ITEM], row_shared_layout(WIDTH, ITEM))
-    return front, back, gl.allocate_shared_memory(gl.int32, [8, BLOCK // 16], SCALE_SHARED)
+        return codes.slice(0, BLOCK, 0), codes.slice(BLOCK, BLOCK, 0)
+    else:
+        return codes, codes
