@@ -18,10 +18,9 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 
 def run(program: str, **environment: str) -> tuple[Any, str]:
-    """What a program prints last, as JSON, and its error output."""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, **environment}
-    )
+    """What a program prints last, as JSON, and its error output, the log of any vLLM included."""
+    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", **environment}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=variables)
     return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
 
 

@@ -165,6 +165,7 @@ def test_text_is_that_of_the_transformers_integration(engines: Engines) -> None:
 
 def transformers_tokens(prompts: list[str], max_tokens: int, **options: Any) -> list[list[int]]:
     turboquant_hf = pytest.importorskip("turboquant_hf")
+    cache_argument = pytest.importorskip("turboquant_hf.compat").CACHE_ARGUMENT
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     found = []
@@ -172,8 +173,7 @@ def transformers_tokens(prompts: list[str], max_tokens: int, **options: Any) -> 
         model = transformers.AutoModelForCausalLM.from_pretrained(TINY).float().eval()
         cache = turboquant_hf.patch_model(model, verify=False, **options)
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        text = model.generate(
-            ids, past_key_values=cache, do_sample=False, max_new_tokens=max_tokens, eos_token_id=None, pad_token_id=0
-        )
+        given = {cache_argument: cache, "max_new_tokens": max_tokens}
+        text = model.generate(ids, **given, do_sample=False, eos_token_id=None, pad_token_id=0)
         found.append(text[0, ids.shape[1] :].tolist())
     return found
