@@ -370,11 +370,20 @@ class TestErrors:
         with pytest.raises(ValueError, match="it must be a number of tokens, at least 1"):
             TurboQuantStaticCache(llama.config, room)
 
-    def test_a_model_that_takes_room_for_tokens_is_left_unpatched(self) -> None:
-        """BLOOM makes its position biases as wide as the mask, whatever the number of keys."""
-        model = small_model("bloom").model
-        with pytest.raises(TurboQuantError, match=r"does not run over a cache of fixed room .*leave max_cache_len out"):
-            patch_model(model, max_cache_len=ROOM)
+    @pytest.mark.parametrize(
+        ("name", "room", "message"),
+        [
+            ("bloom", ROOM, r"does not run over a cache of fixed room \(RuntimeError: .*leave max_cache_len out"),
+            ("xlm", None, r"does not run 3 tokens at once over a left-padded past \(\w+Error.*verify=False skips"),
+        ],
+    )
+    def test_a_model_that_fails_when_it_is_verified_is_left_unpatched(
+        self, name: str, room: int | None, message: str
+    ) -> None:
+        """BLOOM makes its position biases as wide as the mask; XLM asserts the number of its tokens."""
+        model = small_model(name).model
+        with pytest.raises(TurboQuantError, match=message):
+            patch_model(model, max_cache_len=room)
         assert not is_watched(model)
         assert model.config._attn_implementation in ("eager", "sdpa")
 

@@ -160,12 +160,13 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
 
     Raises:
         ValueError: ``model`` is no loaded model, or an encoder-decoder.
-        TurboQuantError: logits over packed pages differ from those over the same decoded vectors.
+        TurboQuantError: logits over packed pages differ from those over the same decoded vectors, or the model fails.
     """
     check_model(model)
     cache = make_cache()
     probes = probe_layers(cache)
-    error, tolerance = _compare(model, cache, make_cache())
+    steps = f"{CHUNK_TOKENS} tokens at once over a left-padded past"
+    error, tolerance = _compare(model, cache, make_cache(), steps, "verify=False skips this check")
     return Verification(error, tolerance, tuple(probe.quality(index) for index, probe in probes.items()))
 
 
@@ -186,25 +187,30 @@ def verify_static(
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors, or the model fails
             over a static cache.
     """
-    try:
-        _compare(model, make_static(PROMPT_TOKENS + DECODE_STEPS + CHUNK_TOKENS), make_cache())
-    except (TurboQuantError, ValueError):
-        raise
-    # A model may take the room that keys have for their number, and fail in a way of its own.
-    except Exception as error:
-        raise TurboQuantError(
-            f"{type(model).__name__} does not run over a cache of fixed room ({type(error).__name__}: {error}): leave "
-            "max_cache_len out for one that grows"
-        ) from error
+    static = make_static(PROMPT_TOKENS + DECODE_STEPS + CHUNK_TOKENS)
+    # A model may take the room that keys have for their number.
+    _compare(model, static, make_cache(), "over a cache of fixed room", "leave max_cache_len out for one that grows")
 
 
-def _compare(model: PreTrainedModel, cache: Cache, reference: TurboQuantCache) -> tuple[float, float]:
-    """Error of ``cache`` against the twin of ``reference``, and the tolerance that it keeps."""
+def _compare(
+    model: PreTrainedModel, cache: Cache, reference: TurboQuantCache, where: str, way_out: str
+) -> tuple[float, float]:
+    """Error of ``cache`` against the twin of ``reference``, and the tolerance that it keeps.
+
+    ``where`` and ``way_out`` are said when the model does not run.
+    """
     for layer in (*cache.layers, *reference.layers):
         if isinstance(layer, PackedLayer):
             # A search chooses between codes that are equally good by rounding, in which the two differ.
             layer.options = replace(layer.options, scale_rule="unbiased")
-    packed = run_steps(model, cache)
+    try:
+        packed = run_steps(model, cache)
+    except (TurboQuantError, ValueError):
+        raise
+    # Whatever a model's own code raises.
+    except Exception as failure:
+        what = ": ".join((type(failure).__name__, *str(failure).strip().splitlines()[:1]))
+        raise TurboQuantError(f"{type(model).__name__} does not run {where} ({what}): {way_out}") from failure
     expected = run_steps(model, decoded_twin(reference, model.config))
     error = float((packed - expected).norm() / expected.norm())
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])

@@ -69,6 +69,7 @@ def _kind(outcome: str) -> str:
 def _comparable(row: Row) -> dict[str, object]:
     plain = {name: getattr(row, name) for name in COMPARED}
     plain["modes"] = {mode: _kind(outcome) for mode, outcome in row.modes.items()}
+    plain["static"] = None if row.static is None else _kind(row.static)
     plain["refused"] = None if row.refused is None else _kind(row.refused)
     return plain
 

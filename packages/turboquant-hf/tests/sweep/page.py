@@ -20,7 +20,9 @@ Every causal language model of Transformers is built small with random weights, 
 kinds of layers, and generates over a packed cache whose codec loses nothing. Tokens and logits must be those of the
 stock cache: for one prompt, a left-padded batch, a prompt in chunks, and a second turn on the same cache. The packed
 cache is used on the patched model and, padded batch only, on an untouched one; the stock cache is used again on the
-patched model and after `unpatch_model`.
+patched model and after `unpatch_model`. The padded batch also runs over a [static
+cache](hf.md#compiled-steps-and-cuda-graphs); "stock fails" is said there of a model for which Transformers' own static
+cache fails or gives something else than its growing one.
 
 {counts}
 
@@ -56,6 +58,10 @@ def _modes(row: Row) -> str:
     return "; ".join([", ".join(equal) or "none", *parts])
 
 
+def _outcome(text: str | None) -> str:
+    return "" if text is None else text.split(":")[0]
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
@@ -66,6 +72,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _swept(rows: dict[str, Row]) -> str:
+    head = ("model type", "own head_dim", "packed key/value", "patched", "untouched", "modes equal", "static")
     table = [
         (
             row.model_type,
@@ -74,11 +81,14 @@ def _swept(rows: dict[str, Row]) -> str:
             _path(row.patched),
             _path(row.untouched),
             _modes(row),
+            _outcome(row.static),
         )
         for row in rows.values()
         if not row.refused
     ]
-    return _table(("model type", "own head_dim", "packed key/value", "patched", "untouched", "modes equal"), table)
+    # What has an image or an encoder in front is not swept over static caches.
+    columns = len(head) if any(cells[-1] for cells in table) else len(head) - 1
+    return _table(head[:columns], [cells[:columns] for cells in table])
 
 
 def _is_decoded(paths: dict[str, int]) -> bool:
@@ -116,7 +126,12 @@ def _counts(rows: dict[str, Row]) -> str:
     paths = Counter(" and ".join(sorted({path for path in row.patched if path != "uncompressed"})) for row in tested)
     equal = sum(row.is_equal for row in tested)
     by_path = ", ".join(f"{path} {count}" for path, count in paths.most_common())
-    return f"Of {len(rows)} model types {len(tested)} can be tested so, {equal} of them equal. By path: {by_path}."
+    static = Counter(_outcome(row.static) for row in tested)
+    by_outcome = ", ".join(f"{outcome} {count}" for outcome, count in static.most_common())
+    return (
+        f"Of {len(rows)} model types {len(tested)} can be tested so, {equal} of them equal. By path: {by_path}.\n"
+        f"Over a static cache: {by_outcome}."
+    )
 
 
 def page() -> str:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from turboquant_core import LayoutError
-from turboquant_hf import TurboQuantCache, patch_model, unpatch_model
-from turboquant_hf.compat import DynamicCache
+from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, patch_model, unpatch_model
+from turboquant_hf.compat import DynamicCache, StaticCache
 
 from .identity import identity_provider
-from .modes import MODES, TOLERANCE, Generated, padded
+from .modes import MODES, NEW_TOKENS, PROMPT_TOKENS, TOLERANCE, Generated, padded
 from .shrink import CannotBuildError, Small, one_line, small_model
 
 PAGE_SIZE = 16
+ROOM = PROMPT_TOKENS + NEW_TOKENS + PAGE_SIZE
+"""Of static caches: more than is needed, so that what is read behind the tokens shows."""
 PATHS = ("fused", "intercepted", "decoded")
 
 
@@ -31,6 +33,8 @@ class Row:
         head_dims: ``key/value`` head_dims of the packed layers of the small model.
         patched: number of layers on each path after :func:`patch_model`; a layer on two paths counts as ``a+b``.
         untouched: the same for a model that is not patched.
+        static: the padded batch over a static cache, as a mode; ``stock fails: ...`` where Transformers' own one does
+            not give what its growing one does.
         modes: each mode with ``equal``, ``differs``, ``stock fails: ...`` or ``fails: ...``.
         reasons: why layers of the patched model were decoded.
         untouched_reasons: the same for the untouched model.
@@ -43,6 +47,7 @@ class Row:
     head_dims: list[str] = field(default_factory=list)
     patched: dict[str, int] = field(default_factory=dict)
     untouched: dict[str, int] = field(default_factory=dict)
+    static: str | None = None
     modes: dict[str, str] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     untouched_reasons: list[str] = field(default_factory=list)
@@ -109,6 +114,7 @@ class Comparison:
         self.stock = {
             name: attempt(lambda name=name, run=run: run(self.model, self._stock(name))) for name, run in MODES.items()
         }
+        self.stock_static = self._stock_static()
 
     def _stock(self, mode: str) -> Any:
         return stock_cache(self.model) if mode == "turns" else None
@@ -124,8 +130,24 @@ class Comparison:
             note_layers(self.row, cache, paths, self.row.reasons)
         self.row.patched = by_path(paths)
         self.row.modes["stock cache while patched"] = outcome(self.stock["padded"], attempt(self._plain))
+        self.row.static = self._static()
         unpatch_model(self.model)
         self.row.modes["stock cache after unpatching"] = outcome(self.stock["padded"], attempt(self._plain))
+
+    def _stock_static(self) -> str:
+        text = self.model.config.get_text_config(decoder=True)
+        return outcome(
+            self.stock["padded"],
+            attempt(lambda: padded(self.model, StaticCache(config=text, max_cache_len=ROOM))),
+        )
+
+    def _static(self) -> str:
+        """A left-padded batch over a static cache, packed sliding windows included."""
+        if self.stock_static != "equal":
+            return f"stock fails: {self.stock_static}"
+        options: dict[str, Any] = {"recent_tokens": 0, "page_size": PAGE_SIZE, "compress_sliding": True}
+        packed = TurboQuantStaticCache(self.model.config, ROOM, provider=self.provider, **options)
+        return outcome(self.stock["padded"], attempt(lambda: padded(self.model, packed)))
 
     def untouched(self) -> None:
         """A packed cache on a model that is left alone."""
