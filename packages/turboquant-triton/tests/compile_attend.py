@@ -104,11 +104,12 @@ def launches(dim: int, newest: bool) -> Iterator[tuple[str, Any, dict[str, Any],
         "PDL": newest,
     }
     types = {"query": "*bf16"}
-    merge = {"D": dim, **GROUPED, "N": 8, "ROTATED": True, "HAS_SINKS": False, "PIECES": 16, "PDL": newest}
+    merge = {"D": dim, **GROUPED, "N": 8, "ROTATED": True, "HAS_SINKS": False, "PDL": newest}
     for together in (1, 16) if dim <= 128 else (1,):
         several = {"VECTORS": together}
+        tile = several | {"PIECES": 16 if together == 1 else 4}
         yield f"prepare {together}", attend_prepare_kernel, prepare | several, types, {"num_warps": 8}
-        yield f"merge {together}", attend_merge_kernel, merge | several, {}, {"num_warps": 8}
+        yield f"merge {together}", attend_merge_kernel, merge | tile, {}, {"num_warps": 8}
 
 
 if __name__ == "__main__":

@@ -129,10 +129,11 @@ def _shape_bytes(shape: AttendShape, request: KernelRequest, permute: bool) -> i
 def _pieces(shape: AttendShape, programs: int, value_dim: int, vectors: int) -> int:
     """Pieces of an item that the merge reads together: about as many as an item has when all are of one length.
 
-    A power of 4, so that few are compiled.
+    A power of 4, so that few are compiled; for a tile of vectors the least, which is what registers hold.
     """
     expected = programs // shape.items + 2
-    return min(max(1 << 2 * -(-(expected - 1).bit_length() // 2), 4), _MERGE_TILE // (vectors * value_dim))
+    most = _MERGE_TILE // value_dim if vectors == 1 else 4
+    return min(max(1 << 2 * -(-(expected - 1).bit_length() // 2), 4), most)
 
 
 def _vectors_together(query: Tensor, head_dim: int) -> int:
