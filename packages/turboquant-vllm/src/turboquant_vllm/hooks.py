@@ -18,8 +18,8 @@ from .compat import packed_spec
 from .errors import UnsupportedError
 from .limits import ELSEWHERE
 from .native import is_native
-from .options import UNCOMPRESSED, LayerBits
 from .setup import engine_options, layer_choice
+from .widths import UNCOMPRESSED, LayerBits
 
 _MARK = "_turboquant_wrapped"
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .errors import OptionError, UnsupportedError
-from .options import BITS_VARIABLE, COMPRESS_V_VARIABLE, CONFIG_KEY, UNCOMPRESSED, LayerBits, Options
+from .options import BITS_VARIABLE, COMPRESS_V_VARIABLE, CONFIG_KEY, Options
+from .widths import UNCOMPRESSED, LayerBits
 
 NATIVE_PREFIX = "turboquant_"
 _BITS = {

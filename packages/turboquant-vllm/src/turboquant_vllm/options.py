@@ -8,44 +8,46 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from turboquant_core import LayoutError
-from turboquant_core.layout import BITS, check_bits
 from turboquant_core.preset import Preset, PresetError, load_preset
 from turboquant_core.scale import CACHE_RULE, SCALE_RULES, ScaleRule
 
 from .errors import OptionError
+from .option_values import (
+    bits_or_raw_value,
+    bits_value,
+    choice_value,
+    count_value,
+    file_value,
+    flag_value,
+    layers_value,
+    one_of,
+    seed_value,
+    text_value,
+    tokens_value,
+)
+from .widths import RAW, UNCOMPRESSED, LayerBits, LayerChoice, ValueBits
+
+__all__ = [
+    "BITS_VARIABLE",
+    "COMPRESS_V_VARIABLE",
+    "CONFIG_KEY",
+    "RAW",
+    "UNCOMPRESSED",
+    "LayerBits",
+    "LayerChoice",
+    "Options",
+    "Prefill",
+    "ValueBits",
+    "read_options",
+]
 
 CONFIG_KEY = "turboquant"
 BITS_VARIABLE = "TURBOQUANT_BITS"
 COMPRESS_V_VARIABLE = "TURBOQUANT_COMPRESS_V"
-RAW = "raw"
-UNCOMPRESSED = "uncompressed"
 
-ValueBits: TypeAlias = float | Literal["raw"]
 Prefill: TypeAlias = Literal["raw", "packed"]
 
-
-@dataclass(frozen=True, slots=True)
-class LayerBits:
-    """Width of one layer's codes.
-
-    Attributes:
-        k_bits: bits of a key coordinate, one of :data:`turboquant_core.layout.BITS`.
-        v_bits: bits of a value coordinate, or ``"raw"`` for values in the model's dtype.
-    """
-
-    k_bits: float = 4
-    v_bits: ValueBits = 4
-
-    def __str__(self) -> str:
-        values = "in the model's dtype" if self.v_bits == RAW else f"{self.v_bits} bits"
-        return f"keys {self.k_bits} bits, values {values}"
-
-
-_ALLOWED_BITS = ", ".join(map(str, BITS))
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-
-LayerChoice: TypeAlias = LayerBits | Literal["uncompressed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def _beside_preset(values: dict[str, Any]) -> dict[str, Any]:
 
 def _preset(name: str, value: object) -> dict[str, Any]:
     """Fields of :class:`Options` that a preset of turboquant-core decides."""
-    path = _file(name, value)
+    path = file_value(name, value)
     try:
         preset = load_preset(path)
     except PresetError as error:
@@ -180,109 +182,29 @@ def _refuse_width(values: Mapping[str, Any]) -> None:
 
 def _environment_bits(environment: Mapping[str, str]) -> LayerBits:
     text = environment.get(BITS_VARIABLE) or "4"
-    bits = _bits(BITS_VARIABLE, float(text) if _NUMBER.fullmatch(text) else text)
+    bits = bits_value(BITS_VARIABLE, float(text) if _NUMBER.fullmatch(text) else text)
     compress = environment.get(COMPRESS_V_VARIABLE) or "1"
     if compress not in ("0", "1"):
         raise OptionError(f"{COMPRESS_V_VARIABLE} is {compress!r}; it must be 0 or 1")
     return LayerBits(bits, bits if compress == "1" else "raw")
 
 
-def _bits(name: str, value: object) -> float:
-    try:
-        return check_bits(value)
-    except LayoutError as error:
-        raise OptionError(f"{name} is {value!r}; it must be one of {_ALLOWED_BITS}") from error
-
-
-def _value_bits(name: str, value: object) -> ValueBits:
-    if value == RAW:
-        return "raw"
-    try:
-        return check_bits(value)
-    except LayoutError as error:
-        raise OptionError(f"{name} is {value!r}; it must be one of {_ALLOWED_BITS} or {RAW!r}") from error
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise OptionError(f"{name} is {value!r}; it must be true or false")
-    return value
-
-
-def _count(name: str, value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise OptionError(f"{name} is {value!r}; it must be a number of layers, 0 or more")
-    return value
-
-
-def _tokens(name: str, value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise OptionError(f"{name} is {value!r}; it must be a number of tokens, 0 for none")
-    return value
-
-
-def _seed(name: str, value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**64:
-        raise OptionError(f"{name} is {value!r}; it must be an integer in [0, 2**64)")
-    return value
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise OptionError(f"{name} is {value!r}; it must be a name")
-    return value
-
-
-def _one_of(*allowed: str) -> Callable[[str, object], str]:
-    def read(name: str, value: object) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        return value
-
-    return read
-
-
-def _file(name: str, value: object) -> Path:
-    path = Path(_text(name, value))
-    if not path.is_file():
-        raise OptionError(f"{name} is {str(path)!r}, which is no file on this machine")
-    return path
-
-
-def _choice(name: str, value: object) -> LayerChoice:
-    if value == UNCOMPRESSED:
-        return "uncompressed"
-    if not isinstance(value, Mapping) or not value or set(value) - {"k_bits", "v_bits"}:
-        raise OptionError(f"{name} is {value!r}; it must be {UNCOMPRESSED!r} or an object of k_bits and v_bits")
-    keys = _bits(f"{name}.k_bits", value.get("k_bits", 4))
-    return LayerBits(keys, _value_bits(f"{name}.v_bits", value.get("v_bits", keys)))
-
-
-def _layers(name: str, value: object) -> tuple[tuple[int, LayerChoice], ...]:
-    if not isinstance(value, Mapping):
-        raise OptionError(f"{name} is {value!r}; it must be an object from layer index to bits")
-    for key in value:
-        if not str(key).removeprefix("-").isdecimal():
-            raise OptionError(f"{name} has the key {key!r}; keys are layer indices such as 0 or -1")
-    return tuple((int(key), _choice(f"{name}.{key}", choice)) for key, choice in value.items())
-
-
 _READERS: dict[str, Callable[[str, object], Any]] = {
-    "bits": _bits,
-    "k_bits": _bits,
-    "v_bits": _value_bits,
-    "compress_v": _flag,
-    "boundary_layers": _count,
-    "boundary": _choice,
-    "layers": _layers,
-    "key_scale": _one_of(*SCALE_RULES),
-    "value_scale": _one_of(*SCALE_RULES),
-    "key_centers": _file,
-    "seed": _seed,
-    "provider": _text,
-    "sink_tokens": _tokens,
-    "recent_tokens": _tokens,
-    "prefill": _one_of("raw", "packed"),
+    "bits": bits_value,
+    "k_bits": bits_value,
+    "v_bits": bits_or_raw_value,
+    "compress_v": flag_value,
+    "boundary_layers": count_value,
+    "boundary": choice_value,
+    "layers": layers_value,
+    "key_scale": one_of(*SCALE_RULES),
+    "value_scale": one_of(*SCALE_RULES),
+    "key_centers": file_value,
+    "seed": seed_value,
+    "provider": text_value,
+    "sink_tokens": tokens_value,
+    "recent_tokens": tokens_value,
+    "prefill": one_of("raw", "packed"),
     "preset": _preset,
 }
 _DECIDED_BY_PRESET = {

@@ -9,7 +9,7 @@ from typing import Any
 from turboquant_core import PageLayout, RawLayout, VectorLayout
 from turboquant_core.layout import PAGE_SIZE_MULTIPLE, ExactRows
 
-from .options import LayerBits
+from .widths import LayerBits
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 

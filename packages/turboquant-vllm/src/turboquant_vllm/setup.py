@@ -20,8 +20,9 @@ from .errors import OptionError, UnsupportedError
 from .kernels import graph_safe, own_codec, provider_for, shared_codec
 from .limits import check_equal_pages
 from .native import is_native, native_options
-from .options import LayerBits, LayerChoice, Options, read_options
+from .options import Options, read_options
 from .packing import LayerShape, layer_count, layer_index
+from .widths import LayerBits, LayerChoice
 from .windows import check_exact_rows, exact_provider, exact_rows
 
 

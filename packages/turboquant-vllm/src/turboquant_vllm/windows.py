@@ -9,8 +9,9 @@ from turboquant_core.exact import ExactRowsProvider
 from turboquant_core.layout import ExactRows
 
 from .errors import OptionError, UnsupportedError
-from .options import LayerBits, Options
+from .options import Options
 from .packing import LayerShape
+from .widths import LayerBits
 
 
 def drafted_tokens(vllm_config: Any) -> int:
