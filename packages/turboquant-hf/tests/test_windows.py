@@ -11,9 +11,10 @@ import torch
 from transformers import DynamicCache, MistralConfig
 
 from turboquant_hf import TurboQuantCache, patch_model, verify_model
+from turboquant_hf.check_steps import run_steps
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.sliding_layer import TurboQuantSlidingLayer
-from turboquant_hf.verify import decoded_twin, run_steps
+from turboquant_hf.verify import decoded_twin
 
 from .conftest import CONFIGS, GQA, build
 

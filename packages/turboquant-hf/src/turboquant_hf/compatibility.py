@@ -10,13 +10,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .arguments import check_model
 from .cache import TurboQuantCache
+from .check_steps import run_steps
 from .compat import PreTrainedModel
 from .packed_layer import PackedLayer
 from .patch import patch_model, unpatch_model
 from .prompts import is_watched
 from .registration import check_attention, why_not_registered
 from .summary import LayerSummary
-from .verify import run_steps
 
 Key: TypeAlias = Literal[
     "compatible",
@@ -85,6 +85,7 @@ def check_model_compatibility(model: PreTrainedModel, **options: Any) -> Compati
         LayoutError: a layer's head_dim cannot be packed; names the layer.
         ValueError: ``model`` is none, an option is out of range, no layer can be packed, or the model's attention
             implementation is neither ``sdpa`` nor ``eager``.
+        TurboQuantError: the model fails on the batch.
         TypeError: there is no such option.
     """
     check_model(model)

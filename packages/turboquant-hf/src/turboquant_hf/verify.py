@@ -17,17 +17,14 @@ from turboquant_core import TurboQuantError
 
 from .arguments import check_model
 from .cache import TurboQuantCache
-from .compat import CACHE_ARGUMENT, Cache, DynamicCache, PreTrainedModel
+from .check_steps import ALL_TOKENS, run_steps
+from .compat import Cache, DynamicCache, PreTrainedModel
 from .layer import TurboQuantLayer
 from .packed_layer import PackedLayer
 from .quality import LayerQuality, probe_layers
 from .round_trip import round_trip
 from .static_cache import TurboQuantStaticCache
 
-PROMPT_TOKENS = 24
-DECODE_STEPS = 4
-CHUNK_TOKENS = 3
-PADDING = 5
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.15, torch.bfloat16: 0.15}
 """Norm of the difference of logits allowed, relative to theirs.
 
@@ -110,47 +107,6 @@ class Verification:
     layers: tuple[LayerQuality, ...]
 
 
-def _steps(vocabulary: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """(ids, mask so far) of a left-padded prompt, single tokens, and one step of several tokens."""
-    generator = torch.Generator().manual_seed(0)
-    widths = [PROMPT_TOKENS, *[1] * DECODE_STEPS, CHUNK_TOKENS]
-    ids = torch.randint(0, vocabulary, (2, sum(widths)), generator=generator).to(device)
-    mask = torch.ones_like(ids)
-    mask[1, :PADDING] = 0
-    stops = torch.tensor(widths).cumsum(0).tolist()
-    return [(ids[:, stop - width : stop], mask[:, :stop]) for width, stop in zip(widths, stops, strict=True)]
-
-
-@torch.no_grad()
-def run_steps(model: PreTrainedModel, cache: Cache) -> Tensor:
-    """Run a left-padded prompt, single tokens and a step of several over ``cache``.
-
-    Returns:
-        Logits float32 ``[2, tokens after the prompt, vocabulary]``.
-
-    Raises:
-        ValueError: the model is an encoder-decoder.
-    """
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, which cannot be run with decoder tokens alone: use "
-            "patch_model(model, verify=False) and generate with EncoderDecoderCache(cache, DynamicCache())"
-        )
-    training = model.training
-    model.eval()
-    rows = []
-    try:
-        for ids, mask in _steps(model.config.get_text_config(decoder=True).vocab_size, model.device):
-            # Positions count from the first real token.
-            position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            arguments: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}
-            out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, **arguments)
-            rows.append(out.logits)
-    finally:
-        model.train(training)
-    return torch.cat(rows[1:], dim=1).float()
-
-
 def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCache]) -> Verification:
     """Check the wiring, and measure quality: padded batch, prompt, single steps, a step of several tokens over a past.
 
@@ -165,8 +121,7 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
     check_model(model)
     cache = make_cache()
     probes = probe_layers(cache)
-    steps = f"{CHUNK_TOKENS} tokens at once over a left-padded past"
-    error, tolerance = _compare(model, cache, make_cache(), steps, "verify=False skips this check")
+    error, tolerance = _compare(model, cache, make_cache())
     return Verification(error, tolerance, tuple(probe.quality(index) for index, probe in probes.items()))
 
 
@@ -187,30 +142,16 @@ def verify_static(
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors, or the model fails
             over a static cache.
     """
-    static = make_static(PROMPT_TOKENS + DECODE_STEPS + CHUNK_TOKENS)
-    # A model may take the room that keys have for their number.
-    _compare(model, static, make_cache(), "over a cache of fixed room", "leave max_cache_len out for one that grows")
+    _compare(model, make_static(ALL_TOKENS), make_cache())
 
 
-def _compare(
-    model: PreTrainedModel, cache: Cache, reference: TurboQuantCache, where: str, way_out: str
-) -> tuple[float, float]:
-    """Error of ``cache`` against the twin of ``reference``, and the tolerance that it keeps.
-
-    ``where`` and ``way_out`` are said when the model does not run.
-    """
+def _compare(model: PreTrainedModel, cache: Cache, reference: TurboQuantCache) -> tuple[float, float]:
+    """Error of ``cache`` against the twin of ``reference``, and the tolerance that it keeps."""
     for layer in (*cache.layers, *reference.layers):
         if isinstance(layer, PackedLayer):
             # A search chooses between codes that are equally good by rounding, in which the two differ.
             layer.options = replace(layer.options, scale_rule="unbiased")
-    try:
-        packed = run_steps(model, cache)
-    except (TurboQuantError, ValueError):
-        raise
-    # Whatever a model's own code raises.
-    except Exception as failure:
-        what = ": ".join((type(failure).__name__, *str(failure).strip().splitlines()[:1]))
-        raise TurboQuantError(f"{type(model).__name__} does not run {where} ({what}): {way_out}") from failure
+    packed = run_steps(model, cache)
     expected = run_steps(model, decoded_twin(reference, model.config))
     error = float((packed - expected).norm() / expected.norm())
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
