@@ -252,3 +252,14 @@ def test_one_graph_whatever_is_done_to_the_cache(name: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     # A CUDA graph knows nothing else.
     assert run.places == places
+
+
+@pytest.mark.parametrize("name", [known(INDEXED)])
+def test_a_prompt_may_be_compiled_once_the_pages_are_there(name: str) -> None:
+    run = OneGraph(name)
+    sizes: dict[str, Any] = {"batch_size": BATCH, "num_heads": 1, "head_dim": 64}
+    run.static.early_initialization(**sizes, dtype=torch.float32, device=torch.device("cpu"))
+    torch.testing.assert_close(
+        step(run.compiled, run.static, BATCH, LENGTH), step(run.model, run.growing, BATCH, LENGTH), rtol=1e-3, atol=1e-4
+    )
+    run.steps(1, 1)

@@ -41,8 +41,9 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     and with them the compiled graphs. Sequences can be reordered (beams) and cropped, not repeated, selected, offloaded
     or saved.
 
-    A Mamba state or the keys of an indexer that a layer has besides stay as they are. Sliding-window layers that are
-    not packed (``compress_sliding=False``), linear-attention and other special layers are as in ``StaticCache``.
+    A Mamba state, which cannot be cropped, or the keys of an indexer that a layer has besides stay as they are.
+    Sliding-window layers that are not packed (``compress_sliding=False``), linear-attention and other special layers are
+    as in ``StaticCache``.
 
     Args:
         config: of the model.
