@@ -42,8 +42,8 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     or saved.
 
     A Mamba state, which cannot be cropped, or the keys of an indexer that a layer has besides stay as they are.
-    Sliding-window layers that are not packed (``compress_sliding=False``), linear-attention and other special layers are
-    as in ``StaticCache``.
+    Sliding-window layers that are not packed (``compress_sliding=False``), linear-attention and other special layers
+    are as in ``StaticCache``.
 
     Args:
         config: of the model.
