@@ -105,7 +105,6 @@ def test_every_form_is_run(query: int) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"sliding_window": 8},
         {"logits_soft_cap": 20.0, "sinks": torch.zeros(HEADS)},
         {"options": Options(prefill="packed")},
         {"exact": ExactRows(2, 6, 2), "options": Options(sink_tokens=2, recent_tokens=4)},
@@ -118,13 +117,18 @@ def test_layers_of_every_kind_can_be_run(arguments: dict[str, Any]) -> None:
     assert provider.stored == {1, TOKENS}
 
 
+@pytest.mark.usefixtures("sized_pages")
+def test_layers_with_a_window_can_be_run() -> None:
+    test_layers_of_every_kind_can_be_run({"sliding_window": 8})
+
+
 def test_equal_layers_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once in a process: two groups of layers have a builder each."""
     ran: list[Any] = []
     monkeypatch.setattr(warming, "_warm", set())
     monkeypatch.setattr(warming, "outside_pools", lambda device, work: ran.append(work.args[0]))
     layers = [attention(Noting()) for _ in range(3)]
-    other = attention(Noting(), sliding_window=8)
+    other = attention(Noting(), logits_soft_cap=20.0)
     gpu: Any = SimpleNamespace(type="cuda")
     warming.warm_up(layers, CONFIG, 1, PAGE, gpu)
     warming.warm_up([*layers, other], CONFIG, 1, PAGE, gpu)
