@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .batch_sizes import sizes
 from .kernels import outside_pools
 from .plan import PREFIX_TOKENS, prompt_plan
 from .step import PackedRows, StepMetadata
@@ -96,13 +97,13 @@ def run_forms(layer: PackedAttention, extent: Extent, page_size: int, device: to
 
 def decoding_steps(extent: Extent, device: torch.device) -> Iterator[StepMetadata]:
     """Rows of equal and of unequal numbers of tokens, in batches of every size that kernels tell apart."""
-    for rows in _sizes(extent.rows):
+    for rows in sizes(extent.rows):
         table, lengths = _zeros((rows, 1), device), _zeros((rows,), device)
         for query in range(1, extent.query + 1):
             tokens = rows * query
             packed = PackedRows(tokens, table, lengths, None)
             yield StepMetadata(packed, None, _no_slots(tokens, device))
-    for tokens in _sizes(extent.rows * extent.query):
+    for tokens in sizes(extent.rows * extent.query):
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         packed = PackedRows(tokens, _zeros((1, 1), device), _zeros((1,), device), starts)
         yield StepMetadata(packed, None, _no_slots(tokens, device))
@@ -113,11 +114,6 @@ def prompt_steps(extent: Extent, page_size: int, device: torch.device) -> Iterat
     for context in (1, extent.context):
         table = _zeros((1, -(-(context + 1) // page_size)), device)
         yield StepMetadata(None, prompt_plan([0, 1], [context + 1], table, 0), _no_slots(1, device))
-
-
-def _sizes(most: int) -> list[int]:
-    """Powers of two below ``most``, and ``most``."""
-    return [*(1 << power for power in range((most - 1).bit_length())), most]
 
 
 def _pages(layer: PackedAttention, page_size: int, device: torch.device) -> Tensor:
