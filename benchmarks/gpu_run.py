@@ -59,8 +59,12 @@ PACKAGE = "packages/turboquant-triton/tests"
 
 
 def tests(seconds: float, *arguments: str) -> Step:
-    """Tests in few processes: those beside them are timed by a host that must not wait for a core."""
-    options = ("-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "failures_at_once", "-n", "{workers}")
+    """Tests in few processes: those beside them are timed by a host that must not wait for a core.
+
+    A process that has nothing left to do takes over tests: a few take minutes.
+    """
+    plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "failures_at_once")
+    options = (*plugins, "-n", "{workers}", "--dist", "worksteal")
     report = ("--tb=short", "-rfE", "--maxfail=40", "--junitxml={out}/{step}.xml")
     return Step(("-m", "pytest", "-q", *options, *report, *arguments), seconds, False)
 

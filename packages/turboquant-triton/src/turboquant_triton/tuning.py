@@ -53,8 +53,6 @@ def attend_config(key_bits: int, value_bits: int, head_dim: int, n: int = 8) -> 
         if 8 < n <= 16:
             return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=8)
         return AttendConfig(block=128, num_warps=2, num_stages=2 if few else 3, programs_per_sm=6 if few else 4)
-    if few and head_dim <= 64 and key_bits == value_bits == 3:
-        return AttendConfig(block=64, num_warps=1, num_stages=3, programs_per_sm=8)
     registers = 168 if few and head_dim <= 64 else None
     return AttendConfig(64, 1, num_stages=3, programs_per_sm=12 if few else 8, max_registers=registers)
 
