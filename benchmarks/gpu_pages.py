@@ -88,11 +88,6 @@ def kernel_targets(reports: list[Row]) -> str:
     return table(["target", *WIDTHS], rows)
 
 
-def rival_targets(reports: list[Row]) -> str:
-    """The target beside vLLM's own kernels, met or missed."""
-    return table(["target", *WIDTHS], against_rivals(only(reports)[PAGE_128]))
-
-
 def sweeps(reports: list[Row]) -> str:
     """The configuration in use then and the fastest one, of every class that was swept."""
     rows = []
@@ -169,7 +164,6 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "store": operations("store"),
     "vectors": operations("vectors"),
     "kernel_targets": kernel_targets,
-    "rival_targets": rival_targets,
     "sweeps": sweeps,
     "serving": serving,
     "serving_targets": serving_goals,
