@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import LayoutError, Windows
@@ -29,6 +29,7 @@ CONFIG = SimpleNamespace(
 PAIRS = st.tuples(st.sampled_from(BITS), st.sampled_from(BITS))
 
 
+@settings(deadline=None)
 @given(
     bits=PAIRS,
     layers=st.dictionaries(st.integers(0, 3), PAIRS),

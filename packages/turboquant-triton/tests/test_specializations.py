@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Equal and unequal query lengths, in each of the two forms, for few sequences and for hundreds; pieces of an item in
+# Equal and unequal query lengths, in each of the two forms, for few sequences, more and hundreds; pieces of an item in
 # powers of 4; keys and values.
 FORMS = {
-    "attend_prepare_kernel": 8,
+    "attend_prepare_kernel": 12,
     "attend_warp_kernel": 2,
     "attend_portable_kernel": 2,
     "attend_merge_kernel": 7,
