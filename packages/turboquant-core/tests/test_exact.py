@@ -38,6 +38,7 @@ def test_sizes() -> None:
     assert layout.pages_shape(3) == (3, 2, layout.chunk_bytes)
 
 
+@settings(deadline=None)
 @given(first=st.integers(0, 48), ring=st.integers(0, 48), itemsize=st.sampled_from([2, 4]))
 def test_a_page_is_whole_bytes_a_token(first: int, ring: int, itemsize: int) -> None:
     layout = layout_with(first, ring, itemsize, 48)

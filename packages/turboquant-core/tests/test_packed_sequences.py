@@ -223,6 +223,7 @@ def test_exported_pages_can_be_adopted() -> None:
             other.adopt(wrong, length)
 
 
+@settings(deadline=None)
 @given(page_size=st.sampled_from([16, 48]), pages=st.permutations(range(6)), position=st.lists(st.integers(0, 47)))
 def test_slots(page_size: int, pages: list[int], position: list[int]) -> None:
     tables = torch.tensor(pages, dtype=torch.int32).view(2, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import VectorLayout, pack_codes, unpack_codes
@@ -61,6 +61,7 @@ def test_every_bit_is_where_the_layout_says(layout: VectorLayout) -> None:
     assert bits == row_bits(codes.tolist(), layout)
 
 
+@settings(deadline=None)
 @given(layout=st.sampled_from(LAYOUTS), lead=st.lists(st.integers(0, 3), max_size=3), seed=st.integers(0, 2**31))
 def test_unpack_inverts_pack(layout: VectorLayout, lead: list[int], seed: int) -> None:
     codes = random_codes(layout, tuple(lead), seed)
@@ -69,6 +70,7 @@ def test_unpack_inverts_pack(layout: VectorLayout, lead: list[int], seed: int) -
     assert torch.equal(unpack_codes(row, layout), codes)
 
 
+@settings(deadline=None)
 @given(layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**31))
 def test_pack_inverts_unpack_for_any_bytes(layout: VectorLayout, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -97,6 +97,7 @@ def test_every_bit_is_where_the_layout_says(head_dim: int, bits: int) -> None:
         torch.testing.assert_close(vector, expected, rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(lead=st.lists(st.integers(1, 3), max_size=2), bits=st.sampled_from(TRELLIS_BITS), seed=st.integers(0, 2**31))
 def test_unpack_inverts_pack_for_any_bytes(lead: list[int], bits: int, seed: int) -> None:
     layout = TrellisLayout(64, bits)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import Codec, VectorLayout
@@ -34,6 +34,7 @@ def tensor(data: Any) -> tl.tensor:
     return tl.tensor(handle, tl.block_type(tl.int32, list(data.shape)))
 
 
+@settings(deadline=None)
 @given(rows=st.sampled_from([1, 4]), columns=st.sampled_from([1, 8]), axis=st.integers(0, 1), seed=st.integers(0, 99))
 def test_a_reduction_by_slices_combines_in_the_order_of_the_interpreter(
     rows: int, columns: int, axis: int, seed: int
