@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 import triton
+from gpu_memory import SHARED_MEMORY
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -93,14 +94,14 @@ def resources(kernel: Any) -> dict[str, int]:
     return {"registers": int(used["REG"]), "stack": int(used["STACK"]), "shared": int(kernel.metadata.shared)}
 
 
-def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Name, kernel, compile-time arguments and options of every class of launch."""
+def kernels(head_dim: int, shared: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """Name, kernel, compile-time arguments and options of every class of launch; ``shared`` as a program can have."""
     four = VectorLayout(head_dim, 4, "int8")
     for name, launch in (("few", SMALL), ("many", LARGE)):
         block = {"BLOCK": launch.block}
         for layout in vector_layouts(head_dim):
             bits, form = layout.bits, layout.form
-            options, part = launched(launch, layout)
+            options, part = launched(launch, layout, shared)
             shape = {"D": head_dim, "BITS": bits_code(layout), "INT8": form == "int8", **block}
             label = f"{bits}-bit {form}, {name} rows"
             yield f"encode {label}", encode_kernel, encode_constants({**shape, **part}), options
@@ -110,8 +111,8 @@ def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str,
                 gathered = {**shape, **decode_constants(launch, head_dim, rotated)}
                 pages = {**gathered, "ROTATED": rotated, **page_constants(head_dim, bits)}
                 yield f"gather {label}, rotated={rotated}", gather_kernel, pages, {"num_warps": 4}
-        options, part = launched(launch, four)
-        yield f"store {name} rows", store_kernel, store_constants(head_dim, launch), options
+        options, part = launched(launch, four, shared)
+        yield f"store {name} rows", store_kernel, store_constants(head_dim, launch, part), options
         raw = {"D": head_dim, "OFFSET": 1024, "CHUNK": 4096, "KV_HEADS": 8, "PAGE_SIZE": 16, **block}
         yield f"gather raw {name} rows", gather_raw_kernel, raw, {"num_warps": 4}
         yield f"rotate {name} rows", rotate_kernel, {"D": head_dim, "SPLIT": True, **part, **block}, options
@@ -120,9 +121,9 @@ def kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str,
     yield "scores", scores_kernel, {**shape, "KEYS": config.keys, "TILES": config.tiles}, {"num_stages": 1}
 
 
-def launched(launch: RowsConfig, layout: VectorLayout) -> tuple[dict[str, int], dict[str, int]]:
+def launched(launch: RowsConfig, layout: VectorLayout, shared: int) -> tuple[dict[str, int], dict[str, int]]:
     """Options of a launch, and the positions that it rotates at a time."""
-    config = fitted(launch, layout)
+    config = fitted(launch, shared, layout)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return options, {"COLUMNS": part_columns(layout, config)}
 
@@ -154,10 +155,9 @@ def page_constants(head_dim: int, bits: float) -> dict[str, int]:
     return {**offsets, "CHUNK_BYTES": layout.chunk_bytes, "KV_HEADS": 8, "PAGE_SIZE": 16}
 
 
-def store_constants(head_dim: int, launch: RowsConfig) -> dict[str, Any]:
+def store_constants(head_dim: int, launch: RowsConfig, part: dict[str, int]) -> dict[str, Any]:
     """Compile-time arguments of store for 4-bit keys and values in their default forms."""
     layout = page_layout(4, 4, head_dim, kv_heads=8)
-    part = launched(launch, VectorLayout(head_dim, 4, "int8"))[1]
     key = encode_constants({"D": head_dim, "BITS": 4, "INT8": True, **part})
     value = {"VALUE_DIM": head_dim, "VALUE_BITS": 4, "VALUE_INT8": False, "VALUE_RULE": CACHE_RULE}
     value |= {
@@ -174,7 +174,7 @@ def store_constants(head_dim: int, launch: RowsConfig) -> dict[str, Any]:
 def main() -> None:
     """Compile everything for the capability and head_dim of the command line."""
     capability, head_dim = int(sys.argv[1]), int(sys.argv[2])
-    for name, kernel, constants, options in kernels(head_dim):
+    for name, kernel, constants, options in kernels(head_dim, SHARED_MEMORY[capability]):
         print(json.dumps({"name": name, **resources(compiled(kernel, constants, capability, **options))}), flush=True)
 
 

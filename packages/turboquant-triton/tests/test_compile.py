@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_memory import SHARED_MEMORY
 
 # Of a tile: keys and values, each in two pieces at 3 bits and in one for each whole width of fractional bits; scales.
 LOADS = {"4/4": 4, "3/3": 6, "2/2": 4, "4/16": 3, "302/302": 8, "403/403": 8}
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def compile_all(capability: int, head_dim: int, program_name: str = "compile_kernels.py") -> list[dict[str, Any]]:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from gpu_memory import SHARED_MEMORY
 
+from turboquant_core import RawLayout, VectorLayout
 from turboquant_core.testing.cases import page_layout
 from turboquant_triton.device import hadamard_fp16, hadamard_int8
-from turboquant_triton.launch import LARGE, SMALL, coordinates, launch_parameters, make_constants, rotation_operand
+from turboquant_triton.launch import (
+    LARGE,
+    SMALL,
+    coordinates,
+    fitted,
+    launch_parameters,
+    make_constants,
+    rotation_operand,
+)
 
 
 def test_no_call_makes_constants_after_the_request(device: torch.device) -> None:
@@ -36,3 +47,11 @@ def test_every_coordinate_has_one_position() -> None:
 def test_few_rows_spread_over_the_gpu() -> None:
     assert launch_parameters(32 * 8, 132) is SMALL
     assert launch_parameters(1 << 20, 132) is LARGE
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "warps"), [(64, 89, 2), (128, 89, 4), (256, 89, 4), (256, 80, 8), (256, 90, 8)]
+)
+def test_warps_share_a_part_of_the_matrix_that_fits(head_dim: int, capability: int, warps: int) -> None:
+    layouts = VectorLayout(head_dim, 4, "int8"), RawLayout(head_dim, 2)
+    assert fitted(SMALL, SHARED_MEMORY[capability], *layouts).num_warps == warps

@@ -10,6 +10,9 @@ from torch import Tensor
 from turboquant_core.rotation import rotation_matrix
 
 _INTERPRETED_MULTIPROCESSORS = 2
+_INTERPRETED_SHARED_MEMORY = 227 << 10
+# Devices of ROCm do not say.
+_LEAST_SHARED_MEMORY = 64 << 10
 
 
 def indexed(device: torch.device) -> torch.device:
@@ -46,3 +49,12 @@ def multiprocessors(device: torch.device) -> int:
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends (programmatic dependent launch, sm_90 and newer)."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=16)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type == "cpu":
+        return _INTERPRETED_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED_MEMORY))

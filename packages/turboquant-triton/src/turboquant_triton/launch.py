@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turboquant_core import LayoutError, PageLayout, RawLayout, VectorLayout
 
-from .device import hadamard_fp16, hadamard_int8, indexed, multiprocessors
+from .device import hadamard_fp16, hadamard_int8, indexed, multiprocessors, shared_memory
 from .support import LARGEST_HEAD_DIM, head_dim_multiple
 
 _SCORE_TILES = 8
@@ -41,12 +41,18 @@ def padded(head_dim: int) -> int:
 
 def rows_config(rows: int, device: torch.device, *layouts: VectorLayout | RawLayout) -> RowsConfig:
     """Parameters for ``rows`` vectors of each of ``layouts`` on ``device``."""
-    return fitted(launch_parameters(rows, multiprocessors(device)), *layouts)
+    return fitted(launch_parameters(rows, multiprocessors(device)), shared_memory(device), *layouts)
 
 
-def fitted(config: RowsConfig, *layouts: VectorLayout | RawLayout) -> RowsConfig:
-    """``config`` with no more warps than there is work for in a tile of each of ``layouts``."""
+def fitted(config: RowsConfig, shared_bytes: int, *layouts: VectorLayout | RawLayout) -> RowsConfig:
+    """``config`` with no more warps than there is work for in a tile of each of ``layouts``.
+
+    Nor more than rotate a part of the matrix that fits into ``shared_bytes``, beside the rows.
+    """
     shares = max(min(positions(layout) for layout in layouts) // _WARP_COLUMNS, 1)
+    longest = max(padded(layout.head_dim) for layout in layouts)
+    fitting = (shared_bytes - 2 * longest * _WARP_ROWS * 2) // (2 * longest * _WARP_COLUMNS)
+    shares = min(shares, 1 << max(fitting.bit_length() - 1, 0))
     return replace(config, num_warps=min(config.num_warps, shares * max(config.block // _WARP_ROWS, 1)))
 
 
