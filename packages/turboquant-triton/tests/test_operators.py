@@ -178,7 +178,10 @@ class TestFullGraph:
             read = PROVIDER.attend(x, pages, case.block_table, lengths + 1, case.codec, scaling=0.1)
             return read.out.flatten(1) * 0.5
 
-        counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+        # Imported here: what some releases of torch warn of then is no error in a test.
+        from torch._dynamo.testing import CompileCounterWithBackend
+
+        counter = CompileCounterWithBackend(backend)
         compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=False)
         lengths = torch.tensor([40, 0, 17], dtype=torch.int32, device=device)
         for _ in range(3):
