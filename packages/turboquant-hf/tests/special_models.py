@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from turboquant_hf.compat import CACHE_ARGUMENT
@@ -41,3 +42,11 @@ def assert_same_steps(model: Any, packed: Any, stock: Any, batch: int = BATCH) -
     assert packed.get_seq_length() == stock.get_seq_length()
     for _ in range(2):
         torch.testing.assert_close(step(model, packed, batch), step(model, stock, batch), rtol=1e-4, atol=1e-4)
+
+
+def assert_nothing_is_left_after_a_reset(model: Any, packed: Any) -> None:
+    """Another prompt gives what it gives over a new stock cache, and so do the steps after it."""
+    packed.reset()
+    caches = packed, DynamicCache(config=model.config)
+    torch.testing.assert_close(*(step(model, cache, BATCH, 7) for cache in caches), rtol=1e-4, atol=1e-4)
+    assert_same_steps(model, *caches)

@@ -19,6 +19,7 @@ from .special_models import (
     INDEXED,
     LENGTH,
     RECURRENT,
+    assert_nothing_is_left_after_a_reset,
     assert_same_steps,
     known,
     special_model,
@@ -66,10 +67,7 @@ def test_as_the_stock_cache(pair: tuple[Any, Any, Any], name: str) -> None:
 @pytest.mark.parametrize("pair", [known(RECURRENT), known(INDEXED), known(CONVOLVED)], indirect=True)
 def test_nothing_is_left_after_a_reset(pair: tuple[Any, Any, Any]) -> None:
     model, packed, _ = pair
-    packed.reset()
-    caches = packed, DynamicCache(config=model.config)
-    torch.testing.assert_close(*(step(model, cache, BATCH, 7) for cache in caches), rtol=1e-4, atol=1e-4)
-    assert_same_steps(model, *caches)
+    assert_nothing_is_left_after_a_reset(model, packed)
 
 
 @pytest.mark.parametrize("pair", [known(INDEXED)], indirect=True)

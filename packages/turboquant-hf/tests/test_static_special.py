@@ -21,6 +21,7 @@ from .special_models import (
     INDEXED,
     LENGTH,
     RECURRENT,
+    assert_nothing_is_left_after_a_reset,
     assert_same_steps,
     known,
     special_model,
@@ -109,10 +110,7 @@ def test_positions_that_a_model_assigns_follow_their_sequences(pair: tuple[Any, 
 @pytest.mark.parametrize("pair", NAMES, indirect=True)
 def test_nothing_is_left_after_a_reset(pair: tuple[Any, Any, Any]) -> None:
     model, packed, _ = pair
-    packed.reset()
-    caches = packed, DynamicCache(config=model.config)
-    torch.testing.assert_close(*(step(model, cache, BATCH, 7) for cache in caches), rtol=1e-4, atol=1e-4)
-    assert_same_steps(model, *caches)
+    assert_nothing_is_left_after_a_reset(model, packed)
 
 
 @pytest.mark.parametrize("pair", NAMES, indirect=True)
