@@ -7,7 +7,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .warp_layouts import SCALE_COPY, SCALE_SHARED, copy_layout, group_layout, row_shared_layout, scale_group_layout
+from .warp_layouts import (
+    SCALE_COPY,
+    SCALE_SHARED,
+    copy_layout,
+    group_layout,
+    row_shared_layout,
+    scale_group_layout,
+    tile_rows,
+)
 from .widths import row_bytes
 
 # Triton 3.6 knows it by its older name.
@@ -95,7 +103,7 @@ def copy_rows(
     ROW: gl.constexpr = row_bytes(D, BITS)
     LAYOUT: gl.constexpr = code_layout(D, BITS, ITEM, PAGE_SIZE, BLOCK)
     GROUPS: gl.constexpr = code_groups(D, BITS, PAGE_SIZE, BLOCK)
-    ROWS: gl.constexpr = 2 * BLOCK if BITS == 3 else BLOCK
+    ROWS: gl.constexpr = tile_rows(BLOCK, BITS == 3)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, front_bytes(D, BITS) // ITEM, layout=gl.SliceLayout(0, LAYOUT))
     base, offset = tile_offsets(page, page_stride, tile, START, ROW, GROUPS, PAGE_SIZE, BLOCK)
@@ -173,7 +181,7 @@ def allocate_tile(D: gl.constexpr, BITS: gl.constexpr, TYPE: gl.constexpr, BLOCK
     """Shared memory of a tile: codes, at 3 bits in two halves (:func:`plane_entries`), and scales."""
     ITEM: gl.constexpr = TYPE.primitive_bitwidth // 8
     WIDTH: gl.constexpr = front_bytes(D, BITS)
-    ROWS: gl.constexpr = 2 * BLOCK if BITS == 3 else BLOCK
+    ROWS: gl.constexpr = tile_rows(BLOCK, BITS == 3)
     codes = gl.allocate_shared_memory(TYPE, [ROWS, WIDTH // ITEM], row_shared_layout(WIDTH, ITEM))
     return codes, gl.allocate_shared_memory(gl.int32, [8, BLOCK // 16], SCALE_SHARED)
 

@@ -20,6 +20,12 @@ COPY_BYTES = tl.constexpr(8)
 
 
 @triton.constexpr_function
+def tile_rows(block, halves):
+    """Rows of a tile of ``block`` tokens; with ``halves``, those from ``block`` on are the second halves of rows."""
+    return 2 * block if halves else block
+
+
+@triton.constexpr_function
 def copy_bits(row_bytes, itemsize, block, halves, apart):
     """Which bits of (row, column) lanes, and then further copies of a lane, run over; the rows are those of a tile.
 
@@ -39,7 +45,7 @@ def copy_layout(row_bytes, itemsize, block, halves, apart):
     """A tile of rows as copies of ``COPY_BYTES`` (:func:`copy_bits`)."""
     item = [[0, 1 << i] for i in range((COPY_BYTES.value // itemsize).bit_length() - 1)]
     bits = copy_bits(row_bytes, itemsize, block, halves, apart)
-    shape = [2 * block if halves else block, row_bytes // itemsize]
+    shape = [tile_rows(block, halves), row_bytes // itemsize]
     return gl.DistributedLinearLayout(item + bits[5:], bits[:5], [], [], shape)
 
 
@@ -48,7 +54,7 @@ def group_layout(row_bytes, block, halves, apart):
     """``[rows / 8, 8]`` of (half and inside, group) as the rows of a tile lie in :func:`copy_layout`."""
     bits = [[row >> 3, row & 7] for row, _ in copy_bits(row_bytes, 1, block, halves, apart)]
     copies = [bit for bit in bits[5:] if any(bit)]
-    return gl.DistributedLinearLayout(copies, bits[:5], [], [], [block // 4 if halves else block // 8, 8])
+    return gl.DistributedLinearLayout(copies, bits[:5], [], [], [tile_rows(block, halves) // 8, 8])
 
 
 @triton.constexpr_function
