@@ -1,4 +1,4 @@
-"""Compile the kernels of exact rows ahead of time: ``compile_exact.py CAPABILITY HEAD_DIM``, JSON lines out."""
+"""Compile the kernels of exact tokens ahead of time: ``compile_exact.py CAPABILITY HEAD_DIM``, JSON lines out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 from compile_kernels import compiled_for, resources
 
+from turboquant_triton.kernels.add_tokens import add_tokens_kernel
 from turboquant_triton.kernels.attend_exact import attend_exact_kernel
 from turboquant_triton.kernels.store_exact import store_exact_kernel
 from turboquant_triton.launch import LARGE, SMALL
 
-FLOATS = ("key", "value", "query", "key_rows", "value_rows", "out")
+RUNS = ("first_keys", "first_values", "last_keys", "last_values")
+FLOATS = ("key", "value", "query", "key_rows", "value_rows", "out", "sinks", *RUNS)
 OTHERS = {
     "slot_mapping": "*i64", "block_table": "*i32", "seq_lens": "*i32", "query_start_loc": "*i32", "center": "*fp32",
     "lse": "*fp32", "scaling_log2": "fp32", "softcap_log2": "fp32",
@@ -42,6 +44,10 @@ def launches(dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int
         rows = {"RING": 28, "RECENT": 24, "GROUP": 8, "Q_LEN": q_len, "CHUNKS": 1, "N": max(8 * q_len, 16), "BLOCK": 32}
         attend = {**pages, **rows, **options}
         yield f"attend {name}", attend_exact_kernel, attend, {"num_warps": 4, "num_stages": 1}
+    heads = {"D": dim, "VALUE_DIM": dim, "KV_HEADS": 8, "GROUP": 4, "CHUNKS": 1, "N": 16, "BLOCK": 16}
+    plain = {"WIDE": False, "HAS_CENTER": False, "HAS_SOFTCAP": False, "HAS_SINKS": False}
+    for name, options in (("plain", {}), ("all", {**dict.fromkeys(plain, True)})):
+        yield f"add {name}", add_tokens_kernel, {**heads, **plain, **options}, {"num_warps": 4, "num_stages": 1}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -259,6 +259,10 @@ class PageLayout:
         kv_heads: KV heads of the layer.
         exact: tokens in full precision beside the packed ones; none by default.
 
+    Attributes:
+        exact_bytes: bytes of the exact rows of a chunk, those included that fill them up to whole bytes a token.
+        chunk_bytes: bytes of one page of one KV head.
+
     Raises:
         LayoutError: ``page_size`` or ``kv_heads`` is out of range, the two layouts differ in version, or a page has
             fewer tokens than exact rows of a kind.
@@ -269,6 +273,9 @@ class PageLayout:
     page_size: int
     kv_heads: int
     exact: ExactRows = ExactRows()
+    # Asked for several times in each step of each layer.
+    exact_bytes: int = field(init=False, repr=False, compare=False)
+    chunk_bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "page_size", check_page_size(self.page_size))
@@ -282,6 +289,9 @@ class PageLayout:
                 f"page_size is {self.page_size}; {self.exact} need pages of at least "
                 f"{max(self.exact.first, self.exact.ring)} tokens"
             )
+        exact = self.exact.rows * (self.key.head_dim + self.value.head_dim) * self.exact.itemsize
+        object.__setattr__(self, "exact_bytes", -(-exact // self.page_size) * self.page_size)
+        object.__setattr__(self, "chunk_bytes", self.page_size * self.slot_bytes)
 
     @property
     def version(self) -> int:
@@ -319,20 +329,9 @@ class PageLayout:
         return self.exact_key_offset + self.exact.rows * self.key.head_dim * self.exact.itemsize
 
     @property
-    def exact_bytes(self) -> int:
-        """Bytes of the exact rows of a chunk, those included that fill them up to whole bytes a token."""
-        values = self.exact.rows * self.value.head_dim * self.exact.itemsize
-        return -(-(self.exact_value_offset + values - self.exact_key_offset) // self.page_size) * self.page_size
-
-    @property
     def slot_bytes(self) -> int:
         """Bytes of a chunk for each of its tokens: :attr:`token_bytes` and a share of the exact rows."""
         return self.token_bytes + self.exact_bytes // self.page_size
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one page of one KV head."""
-        return self.page_size * self.slot_bytes
 
     @property
     def page_bytes(self) -> int:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .codec import CacheCodec
 from .dense import attend_dense
-from .dense_step import add_tokens
 from .merge import merge_attended
 from .packed_sequences import PackedPast
 from .provider import Attended, Gathered
 from .sink_tokens import SinkTokens
+from .token_step import attend_tokens, joined
 
 
 class SplitPast(ABC):
@@ -99,7 +99,16 @@ class SplitPast(ABC):
         if recent is not None:
             starts = self.sinks.stop if self.sinks.count else seq_starts
             packed = self.packed.attend(query, seq_starts=starts, scaling=scaling, softcap=softcap)
-            return add_tokens(packed, query, *self._exact(recent), scaling=scaling, softcap=softcap, sinks=sinks)
+            return attend_tokens(
+                self.packed.provider,
+                packed,
+                query,
+                self._runs(recent),
+                center=self.codec.key.center,
+                scaling=scaling,
+                softcap=softcap,
+                sinks=sinks,
+            )
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
         exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
         if isinstance(self.border, int) and self.border == 0:
@@ -131,17 +140,13 @@ class SplitPast(ABC):
         """Over the sinks that are not recent too, and the recent tokens."""
         recent, recent_at = self.recent_at()
         visible = self._visible(recent_at, starts, window, query.shape[2])
-        out, lse = attend_dense(query, *self._exact(recent), visible, scaling=scaling, softcap=softcap, sinks=sinks)
+        keys, values = joined(self._runs(recent), self.codec.key.center)
+        out, lse = attend_dense(query, keys, values, visible, scaling=scaling, softcap=softcap, sinks=sinks)
         return Attended(out.to(query.dtype), lse)
 
-    def _exact(self, recent: Gathered) -> Gathered:
-        """Keys, without their centre, and values of the sinks and of the ``recent`` window."""
-        keys, values = recent
-        if self.sinks.count:
-            keys, values = (torch.cat(pair, 2) for pair in zip(self.sinks.kept, recent, strict=True))
-        center = self.packed.codec.key.center
-        # Packed scores lack the centre, and both parts must lack it to be merged.
-        return Gathered(keys if center is None else keys.float() - center.unsqueeze(1), values)
+    def _runs(self, recent: Gathered) -> tuple[Gathered, ...]:
+        """Exact tokens: the sinks, where there are any, and the ``recent`` window."""
+        return (self.sinks.kept, recent) if self.sinks.count else (recent,)
 
     def _visible(self, recent_at: Tensor, starts: Tensor, window: int | None, q_len: int) -> Tensor:
         """Bool ``[batch, q_len, sinks + recent]``."""

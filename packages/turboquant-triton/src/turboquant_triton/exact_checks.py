@@ -1,12 +1,14 @@
-"""Checks of the arguments of store_exact and attend_exact that need no value from the device."""
+"""Checks of the arguments of store_exact, attend_exact and add_tokens that need no value from the device."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from turboquant_core import Attended, CacheCodec, PageLayout
-from turboquant_core.arguments import check_device, check_integers
+from turboquant_core import Attended, CacheCodec, Gathered, PageLayout
+from turboquant_core.arguments import check_device, check_integers, check_score_options
 from turboquant_core.codec import check_center
 from turboquant_core.reference.exact import check_recent
 from turboquant_core.reference.pages import check_pages
@@ -57,5 +59,45 @@ def check_attend_exact(
             f"packed is {tuple(packed.out.shape)} and {tuple(packed.lse.shape)}; the query needs {expected} and "
             f"{expected[:2]}"
         )
-    if not packed.out.is_contiguous() or not packed.lse.is_contiguous() or packed.lse.dtype != torch.float32:
-        raise ValueError("packed must be what attend gave: contiguous, with float32 lse")
+    _check_part(packed, "packed")
+
+
+def _check_part(part: Attended, name: str) -> None:
+    if not part.out.is_contiguous() or not part.lse.is_contiguous() or part.lse.dtype != torch.float32:
+        raise ValueError(f"{name} must be what attend gave: contiguous, with float32 lse")
+
+
+def check_add_tokens(
+    part: Attended,
+    query: Tensor,
+    exact: Sequence[Gathered],
+    center: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Raise ``ValueError`` for arguments of ``add_tokens`` that do not fit one another."""
+    if not 1 <= len(exact) <= 2:
+        raise ValueError(f"there are {len(exact)} runs of exact tokens; add_tokens takes one or two")
+    batch, kv_heads, _, head_dim = exact[0].keys.shape
+    value_dim, dtype = exact[0].values.shape[3], exact[0].keys.dtype
+    for keys, values in exact:
+        tokens = keys.shape[2]
+        expected = ((batch, kv_heads, tokens, head_dim), (batch, kv_heads, tokens, value_dim))
+        if (keys.shape, values.shape) != expected or keys.dtype != dtype or values.dtype != dtype:
+            raise ValueError(
+                f"exact keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype} {tuple(values.shape)}; the "
+                f"first run needs {dtype} {expected[0]} and {expected[1]}"
+            )
+    heads = query.shape[1]
+    if query.dim() != 4 or query.shape != (batch, heads, 1, head_dim) or heads % kv_heads:
+        raise ValueError(
+            f"query is {tuple(query.shape)}; exact tokens need [{batch}, a multiple of {kv_heads}, 1, {head_dim}]"
+        )
+    if part.out.shape != (batch, heads, 1, value_dim) or part.lse.shape != (batch, heads, 1):
+        raise ValueError(
+            f"part is {tuple(part.out.shape)} and {tuple(part.lse.shape)}; the query needs "
+            f"{(batch, heads, 1, value_dim)} and {(batch, heads, 1)}"
+        )
+    _check_part(part, "part")
+    check_score_options(heads, None, softcap, sinks)
+    check_device(query.device, "the query", center=center, sinks=sinks, out=part.out, exact=exact[0].keys)

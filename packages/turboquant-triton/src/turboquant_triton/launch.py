@@ -44,6 +44,7 @@ def rows_config(rows: int, device: torch.device, *layouts: VectorLayout | RawLay
     return fitted(launch_parameters(rows, multiprocessors(device)), shared_memory(device), *layouts)
 
 
+@lru_cache(maxsize=256)
 def fitted(config: RowsConfig, shared_bytes: int, *layouts: VectorLayout | RawLayout) -> RowsConfig:
     """``config`` with no more warps than there is work for in a tile of each of ``layouts``.
 
@@ -93,6 +94,7 @@ def part_columns(layout: VectorLayout | RawLayout, config: RowsConfig) -> int:
     return min(max(positions(layout) // 4, min(positions(layout) // 2, 16)), _WARP_COLUMNS)
 
 
+@lru_cache(maxsize=256)
 def bits_code(layout: VectorLayout) -> int:
     """What kernels take as ``BITS`` (:mod:`turboquant_triton.kernels.widths`)."""
     widths = [part.width for part in layout.parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -242,3 +243,19 @@ class TritonProvider:
             query_start_loc=query_start_loc,
             softcap=softcap,
         )
+
+    def add_tokens(
+        self,
+        part: Attended,
+        query: Tensor,
+        exact: Sequence[Gathered],
+        *,
+        center: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Attended:
+        """See :meth:`turboquant_core.token_step.TokenStepProvider.add_tokens`; one launch, safe in a CUDA graph."""
+        from .kernels.add_tokens import add_tokens
+
+        return add_tokens(part, query, exact, center=center, scaling=scaling, softcap=softcap, sinks=sinks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class AttendShape:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Views of the scratch memory; shapes in :func:`sections`."""
+    """Flat views from where each part of the scratch memory begins; what they hold, :func:`sections` says."""
 
     query: Tensor
     query_stats: Tensor
@@ -86,7 +87,7 @@ class Workspace:
 def sections(
     shape: AttendShape, programs: int, layout: PageLayout, permute: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each view."""
+    """Dtype and shape of each part."""
     slots = shape.items + programs
     query = torch.int8 if permute else torch.float32
     return {
@@ -104,7 +105,19 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 def workspace_bytes(shape: AttendShape, programs: int, layout: PageLayout, permute: bool) -> int:
     """Bytes that :func:`carve` needs. Grows with queries and programs, not with the context."""
-    return sum(_nbytes(*section) for section in sections(shape, programs, layout, permute).values())
+    return _extents(shape, programs, layout, permute)[1]
+
+
+@lru_cache(maxsize=1024)
+def _extents(
+    shape: AttendShape, programs: int, layout: PageLayout, permute: bool
+) -> tuple[dict[str, tuple[torch.dtype, int]], int]:
+    """Dtype and first element of each part, and the bytes of all; the host asks in each step of each layer."""
+    starts, start = {}, 0
+    for name, (dtype, extent) in sections(shape, programs, layout, permute).items():
+        starts[name] = (dtype, start // dtype.itemsize)
+        start += _nbytes(dtype, extent)
+    return starts, start
 
 
 def carve(
@@ -120,7 +133,7 @@ def carve(
     Raises:
         ValueError: ``workspace`` is too small or no contiguous uint8 vector.
     """
-    needed = workspace_bytes(shape, programs, layout, permute)
+    starts, needed = _extents(shape, programs, layout, permute)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
     elif workspace.dtype != torch.uint8 or workspace.dim() != 1 or workspace.numel() < needed:
@@ -128,9 +141,5 @@ def carve(
             f"workspace is {workspace.dtype} {tuple(workspace.shape)}; it must be a torch.uint8 vector of at least "
             f"{needed} bytes: ask workspace_bytes()"
         )
-    views, start = {}, 0
-    for name, (dtype, extent) in sections(shape, programs, layout, permute).items():
-        size = _nbytes(dtype, extent)
-        views[name] = workspace[start : start + math.prod(extent) * dtype.itemsize].view(dtype).view(extent)
-        start += size
-    return Workspace(**views)
+    typed = {dtype: workspace[:needed].view(dtype) for dtype in {dtype for dtype, _ in starts.values()}}
+    return Workspace(**{name: typed[dtype][start:] for name, (dtype, start) in starts.items()})

@@ -13,23 +13,10 @@ from turboquant_core.exact import exact_views
 
 from ..exact_checks import check_attend_exact
 from .attend_plan import ragged_rows
+from .exact_block import add_block, give_part, take_part
 
-NEVER = tl.constexpr(-1.0e30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 _WIDEST_N = 32
 _BLOCK = 32
-
-
-@triton.jit
-def weighted_values(weight, value):
-    """float32 ``[N, D]``: fp32 ``weight [N, rows]`` times values of any float type, without rounding weights to it."""
-    if value.dtype == tl.float32:
-        return tl.dot(weight, value, input_precision="ieee")
-    else:
-        high = weight.to(value.dtype)
-        low = (weight - high.to(tl.float32)).to(value.dtype)
-        return tl.dot(low, value, tl.dot(high, value))
 
 
 @triton.jit
@@ -97,12 +84,9 @@ def attend_exact_kernel(
         mean = tl.load(center + kv_head * D + d, mask=d < D, other=0.0)
         offset = tl.sum(q.to(tl.float32) * mean[None, :], 1)
     at = (token * KV_HEADS * GROUP + head).to(tl.int64)
-    packed_lse = tl.load(lse + at, mask=real, other=float("-inf"))
-    maximum = tl.maximum(packed_lse * LOG2_E, NEVER)
-    total = tl.where(packed_lse > float("-inf"), 1.0, 0.0)
     place = out + at[:, None] * VALUE_DIM + value_d[None, :]
     mask = real[:, None] & (value_d < VALUE_DIM)[None, :]
-    output = tl.load(place, mask=mask & (total > 0.0)[:, None], other=0.0).to(tl.float32)
+    maximum, total, output = take_part(lse, place, at, real, mask)
     for base in range(0, FIRST + SPAN, BLOCK):
         index = base + tl.arange(0, BLOCK)
         is_first = index < FIRST
@@ -114,27 +98,17 @@ def attend_exact_kernel(
         key = tl.load(
             (key_rows + start + slot * D)[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0
         )
-        score = (tl.dot(q, tl.trans(key), input_precision="ieee") - offset[:, None]) * scaling_log2
-        if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1), with x = score / softcap in natural units.
-            score = softcap_log2 - 2 * softcap_log2 / (tl.exp2(score * (2.0 * LOG2_E / softcap_log2)) + 1)
         visible = seen[None, :] & (here[None, :] <= position[:, None])
         visible = visible & (is_first[None, :] | (here[None, :] > position[:, None] - RECENT))
-        score = tl.where(visible, score, NEVER)
-        maximum_now = tl.maximum(maximum, tl.max(score, 1))
-        decay = tl.exp2(maximum - maximum_now)
-        weight = tl.where(visible, tl.exp2(score - maximum_now[:, None]), 0.0)
-        total = total * decay + tl.sum(weight, 1)
-        maximum = maximum_now
         value = tl.load(
             (value_rows + start + slot * VALUE_DIM)[:, None] + value_d[None, :],
             mask=seen[:, None] & (value_d < VALUE_DIM)[None, :],
             other=0.0,
         )
-        output = output * decay[:, None] + weighted_values(weight, value)
-    some = tl.where(total == 0.0, 1.0, total)
-    tl.store(place, (output / some[:, None]).to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + at, tl.where(total == 0.0, float("-inf"), (maximum + tl.log2(some)) * LN_2), mask=real)
+        maximum, total, output = add_block(
+            q, offset, key, value, visible, maximum, total, output, scaling_log2, softcap_log2, HAS_SOFTCAP
+        )
+    give_part(lse, place, at, real, mask, maximum, total, output)
 
 
 def attend_exact(
