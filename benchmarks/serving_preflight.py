@@ -2,12 +2,15 @@
 
     python benchmarks/serving_preflight.py --out results_here
     python benchmarks/serving_preflight.py --out results_here --only eager graphs --seconds 60
+    python benchmarks/serving_preflight.py --out results_here --only raw-prompts transformers --model MODEL
 
-Engines of the small model in examples/models/tiny answer the same prompts: vLLM's own bf16 cache; packed pages eagerly,
-with CUDA graphs of decoding steps alone, compiled with graphs of all steps (vLLM's default), in chunks with cached
-prefixes, speculatively, by vLLM's first model runner, and around sleep. Each is asked twice and must give the same text
-both times: with a prefix cached since, or before sleep and after. Packed engines must give the eager one's text too.
-Texts may part where two tokens were nearly tied. A platform without sleep mode skips that engine, and says so.
+Engines of the small model in examples/models/tiny, or of another, answer the same prompts: vLLM's own bf16 cache;
+packed pages eagerly, with CUDA graphs of decoding steps alone, compiled with graphs of all steps (vLLM's default), in
+chunks with cached prefixes, speculatively, by vLLM's first model runner, and around sleep. Each is asked twice and must
+give the same text both times: with a prefix cached since, or before sleep and after. Packed engines must give the eager
+one's text too. An engine whose prompts attend to their own raw keys and values (the plug-in's default) does what
+turboquant-hf does, whose text must be that of this engine. Texts may part where two tokens were nearly tied. A platform
+without sleep mode skips that engine, and says so.
 
 Each engine is a process of its own with ``--seconds`` to answer; its log is ``OUT/preflight-NAME.log``. How it ended is
 in ``OUT/preflight.json`` as soon as it has: an engine that hangs loses nothing that others found.
@@ -31,16 +34,21 @@ HERE = Path(__file__).parent
 MODEL = HERE.parent / "examples/models/tiny"
 PROMPT_LENGTHS = (5, 33, 400, 900)
 TOKENS = 32
+LOGPROBS = 5
 MARK = "ENGINE "
 TIE = 0.25
 """Nats: two steps of a bf16 logit between 16 and 32."""
-PACKED = {"attention_backend": "FUSED_TURBOQUANT", "additional_config": {"turboquant": {"prefill": "packed"}}}
+BACKEND = {"attention_backend": "FUSED_TURBOQUANT"}
+PACKED = {**BACKEND, "additional_config": {"turboquant": {"prefill": "packed"}}}
 SIZES = {"cudagraph_capture_sizes": [1, 4, 16]}
 """Batches that graphs are captured for: one prompt, all four, and all four with three drafts each."""
 UNCOMPILED = {"compilation_config": {**SIZES, "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 COMPILED = {"compilation_config": SIZES}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 EAGER = "eager"
+RAW_PROMPTS = "raw-prompts"
+TRANSFORMERS = "transformers"
+BITS = 4
 ENGINES: dict[str, dict[str, Any]] = {
     "bf16": {"enforce_eager": True},
     EAGER: {**PACKED, "enforce_eager": True},
@@ -50,7 +58,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     "speculative": {**PACKED, **UNCOMPILED, "speculative_config": NGRAM},
     "first-runner": {**PACKED, **UNCOMPILED},
     "sleep": {**PACKED, "enforce_eager": True, "enable_sleep_mode": True},
+    RAW_PROMPTS: {**BACKEND, "additional_config": {"turboquant": {"bits": BITS}}, "enforce_eager": True},
+    TRANSFORMERS: {},
 }
+AGAINST = {EAGER: "bf16", RAW_PROMPTS: "bf16", TRANSFORMERS: RAW_PROMPTS}
+"""Whose text an engine is compared with: the eager packed one's where nothing else is said."""
 VARIABLES = {"first-runner": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 
 
@@ -62,8 +74,25 @@ Texts: TypeAlias = list[dict[str, Any]]
 """Tokens and logprobs of each prompt."""
 
 
-def answer(settings: dict[str, Any]) -> list[Texts] | None:
-    """Both rounds of greedy texts; None where vLLM has no sleep mode and it is asked for."""
+def prompts() -> list[list[int]]:
+    """Tokens of each prompt."""
+    return [
+        [5 + (17 * (number + 1) * at + at * at) % 4000 for at in range(length)]
+        for number, length in enumerate(PROMPT_LENGTHS)
+    ]
+
+
+def both_rounds(name: str, model: Path) -> list[Texts] | None:
+    """Greedy texts, asked for twice; None where vLLM has no sleep mode and it is asked for."""
+    if name != TRANSFORMERS:
+        return answer(ENGINES[name], model)
+    from serving_transformers import transformers_texts
+
+    return [transformers_texts(model, prompts(), TOKENS, LOGPROBS, BITS) for _ in range(2)]
+
+
+def answer(settings: dict[str, Any], model: Path) -> list[Texts] | None:
+    """:func:`both_rounds` of a vLLM engine."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
@@ -71,19 +100,16 @@ def answer(settings: dict[str, Any]) -> list[Texts] | None:
     if sleeps and not current_platform.is_sleep_mode_available():
         return None
     engine = LLM(
-        model=str(MODEL), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=1024, seed=0,
+        model=str(model), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=1024, seed=0,
         **{**BESIDE_OTHERS, "kv_cache_memory_bytes": 256 << 20, "enable_prefix_caching": False, **settings},
     )  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True, detokenize=False)
-    prompts = [
-        {"prompt_token_ids": [5 + (17 * (number + 1) * at + at * at) % 4000 for at in range(length)]}
-        for number, length in enumerate(PROMPT_LENGTHS)
-    ]
-    first = texts(engine.generate(prompts, sampling, use_tqdm=False))
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=LOGPROBS, ignore_eos=True, detokenize=False)
+    given = [{"prompt_token_ids": tokens} for tokens in prompts()]
+    first = texts(engine.generate(given, sampling, use_tqdm=False))
     if sleeps:
         engine.sleep(level=1)
         engine.wake_up()
-    return [first, texts(engine.generate(prompts, sampling, use_tqdm=False))]
+    return [first, texts(engine.generate(given, sampling, use_tqdm=False))]
 
 
 def texts(results: list[Any]) -> Texts:
@@ -98,15 +124,15 @@ def texts(results: list[Any]) -> Texts:
     ]
 
 
-def ask(name: str, out: Path, seconds: float) -> list[Texts]:
-    """:func:`answer` of a process of its own.
+def ask(name: str, model: Path, out: Path, seconds: float) -> list[Texts]:
+    """:func:`both_rounds` of a process of its own.
 
     Raises:
         NotHereError: vLLM has no sleep mode on this platform.
         RuntimeError: it ended without one, or had none after ``seconds``; its last lines.
     """
     log = out / f"preflight-{name}.log"
-    command = [sys.executable, "-u", __file__, "--engine", name]
+    command = [sys.executable, "-u", __file__, "--engine", name, "--model", str(model)]
     # The engine in the process itself: another one would import vLLM again.
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **VARIABLES.get(name, {})}
     with log.open("w") as sink, started(command, seconds, stdout=sink, stderr=sink, env=environment) as (process, late):
@@ -150,25 +176,25 @@ def compared(expected: Texts, got: Texts, whose: str, *, exact: bool = True) -> 
     return told
 
 
-def check(name: str, answers: dict[str, list[Texts]], out: Path, seconds: float) -> str:
+def check(name: str, answers: dict[str, list[Texts]], model: Path, out: Path, seconds: float) -> str:
     """What one engine did; raises where its text is not its own of before, or the eager packed engine's, up to ties."""
-    first, second = answers[name] = ask(name, out, seconds)
+    first, second = answers[name] = ask(name, model, out, seconds)
     between = "before sleep" if ENGINES[name].get("enable_sleep_mode") else "the first time"
     told = compared(first, second, between)
-    against = "bf16" if name == EAGER else EAGER
+    against = AGAINST.get(name, EAGER)
     if name == "bf16" or against not in answers:
         return f"{told}; compared with no other engine"
-    return f"{told}; " + compared(answers[against][1], second, f"{against}'s", exact=against == EAGER)
+    return f"{told}; " + compared(answers[against][1], second, f"{against}'s", exact=against != "bf16")
 
 
-def check_all(names: list[str], out: Path, seconds: float) -> bool:
+def check_all(names: list[str], model: Path, out: Path, seconds: float) -> bool:
     """Whether no engine failed; what each did is printed and written as soon as it ended."""
     answers: dict[str, list[Texts]] = {}
     results: dict[str, Any] = {}
     for name in names:
         began = time.perf_counter()
         try:
-            verdict, told = "passed", check(name, answers, out, seconds)
+            verdict, told = "passed", check(name, answers, model, out, seconds)
         except NotHereError as error:
             verdict, told = "skipped", str(error)
         except RuntimeError as error:
@@ -188,14 +214,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the logs and of preflight.json")
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--seconds", type=float, default=90.0, help="that an engine has to answer")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.engine:
-        print(MARK + json.dumps(answer(ENGINES[arguments.engine])), flush=True)
+        print(MARK + json.dumps(both_rounds(arguments.engine, arguments.model)), flush=True)
         return
     interruptible()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    sys.exit(int(not check_all(arguments.only, arguments.out, arguments.seconds)))
+    sys.exit(int(not check_all(arguments.only, arguments.model, arguments.out, arguments.seconds)))
 
 
 if __name__ == "__main__":

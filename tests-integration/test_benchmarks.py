@@ -138,6 +138,9 @@ def test_targets_of_decoding_are_those_that_rows_decide() -> None:
         ("speed to QuantizedCache fp8", "1 x 4096", 5.0, 10.0, True),
         # Against the ordinary cache whose steps are run in the same way, if there is one.
         ("speed to StaticCache bf16, compiled", "1 x 4096", 1.0, 0.75, False),
+        # Whose steps have no other way.
+        ("speed to QuantizedCache fp8, eager", "1 x 4096", 5.0, 30.0, True),
+        ("speed to QuantizedCache fp8, eager", "1 x 4096", 5.0, 9.0, True),
     ]
 
 

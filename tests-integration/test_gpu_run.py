@@ -214,8 +214,8 @@ def test_an_engine_whose_answers_change_after_sleep_fails(tmp_path: Path, monkey
         return rounds[name]
 
     monkeypatch.setattr(serving_preflight, "ask", ask)
-    assert serving_preflight.check_all(["eager", "graphs", "chunked"], tmp_path, 1.0)
-    assert not serving_preflight.check_all(["eager", "sleep", "chunked"], tmp_path, 1.0)
+    assert serving_preflight.check_all(["eager", "graphs", "chunked"], tmp_path, tmp_path, 1.0)
+    assert not serving_preflight.check_all(["eager", "sleep", "chunked"], tmp_path, tmp_path, 1.0)
     results = json.loads((tmp_path / "preflight.json").read_text())["results"]
     assert {name: result["passed"] for name, result in results.items()} == {
         "eager": True,

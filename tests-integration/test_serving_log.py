@@ -44,3 +44,27 @@ def test_a_preflight_whose_drafts_change_the_text_fails_by_name(
     assert "speculative: failed" in capsys.readouterr().out
     told = json.loads((tmp_path / "preflight.json").read_text())["results"]["speculative"]["told"]
     assert "0 of 1 texts as eager's (they part where the expected token led by 1.50 nats at most), no tie" in told
+
+
+def test_the_text_of_transformers_is_held_to_the_engine_with_the_same_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import serving_preflight
+    from serving_transformers import transformers_texts
+
+    prompts, tokens, top = [[5, 6, 7], [9, 8, 7, 6]], 4, 3
+    own = transformers_texts(serving_preflight.MODEL, prompts, tokens, top, serving_preflight.BITS)
+    assert [len(text["tokens"]) for text in own] == [tokens, tokens]
+    for text in own:
+        for token, step in zip(text["tokens"], text["logprobs"], strict=True):
+            assert len(step) == top
+            assert max(step, key=step.__getitem__) == token
+    own = json.loads(json.dumps(own))
+    other = [{**text, "tokens": [1] * tokens} for text in own]
+    rounds = {"raw-prompts": [own, own], "transformers": [own, own]}
+    monkeypatch.setattr(serving_preflight, "ask", lambda name, *_: rounds[name])
+    assert serving_preflight.check_all(["raw-prompts", "transformers"], tmp_path, tmp_path, 1.0)
+    told = json.loads((tmp_path / "preflight.json").read_text())["results"]["transformers"]["told"]
+    assert told.endswith("2 of 2 texts as raw-prompts's")
+    rounds["transformers"] = [other, other]
+    assert not serving_preflight.check_all(["raw-prompts", "transformers"], tmp_path, tmp_path, 1.0)
