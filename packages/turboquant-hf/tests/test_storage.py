@@ -110,28 +110,45 @@ def test_a_file_that_is_not_whole_or_not_ours(llama: Any, prompt: torch.Tensor, 
     assert empty.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("change", ["length", "missing", "version", "layout", "layers"])
+CHANGES = {
+    "length": lambda header, tensors, metadata: header["layers"][1].update(packed=200),
+    "fraction": lambda header, tensors, metadata: header["layers"][1].update(packed=1.5),
+    "missing": lambda header, tensors, metadata: tensors.pop("1.pages"),
+    "version": lambda header, tensors, metadata: metadata.update(version="2"),
+    "layout": lambda header, tensors, metadata: header.update(layout_version=9),
+    "layers": lambda header, tensors, metadata: header["layers"].pop(),
+    "an empty layer": lambda header, tensors, metadata: header["layers"][0].pop("shape"),
+    "tokens": lambda header, tensors, metadata: header["layers"][0].update(seen=7),
+    "ids": lambda header, tensors, metadata: tensors.update(ids=torch.zeros(3, 4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_header_that_lies(llama: Any, prompt: torch.Tensor, tmp_path: Path, change: str) -> None:
     path = tmp_path / "cache"
     held(llama, prompt).save(path)
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header = json.loads(metadata["header"])
-    if change == "length":
-        header["layers"][1]["packed"] = 200
-    elif change == "missing":
-        del tensors["1.pages"]
-    elif change == "version":
-        metadata["version"] = "2"
-    elif change == "layout":
-        header["layout_version"] = 9
-    else:
-        header["layers"].pop()
+    CHANGES[change](header, tensors, metadata)
     save_file(tensors, path, metadata={**metadata, "header": json.dumps(header)})
     cache = TurboQuantCache(llama.config, 3)
     with pytest.raises(CacheFileError, match=r"header says|format version 2|layout_version 9|the 2 layers"):
         cache.load(path)
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    "header", ["[]", "3", "null", "[" * 100_000, "{"], ids=["list", "number", "null", "deep", "part"]
+)
+def test_a_header_that_is_none(llama: Any, prompt: torch.Tensor, tmp_path: Path, header: str) -> None:
+    path = tmp_path / "cache"
+    held(llama, prompt).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"x": torch.zeros(1)}, path, metadata={**metadata, "header": header})
+    with pytest.raises(CacheFileError, match="is not a whole packed cache"):
+        TurboQuantCache(llama.config, 3).load(path)
 
 
 def test_a_failed_save_leaves_the_old_file(
@@ -144,7 +161,7 @@ def test_a_failed_save_leaves_the_old_file(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("turboquant_hf.storage.save_file", full)
+    monkeypatch.setattr("turboquant_hf.cache_file.save_file", full)
     with pytest.raises(OSError, match="no space"):
         cache.save(tmp_path / "cache")
     assert os.listdir(tmp_path) == ["cache"]

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from ._version import __version__
 from .cache import TurboQuantCache
+from .cache_file import CacheFileError
 from .compatibility import Compatibility, check_model_compatibility
 from .memory import CacheMemory
 from .patch import patch_model, turboquant, unpatch_model
 from .quality import LayerQuality, QualityWarning
 from .shaping import Shaping, measure_shaping
 from .static_cache import TurboQuantStaticCache
-from .storage import CacheFileError
 from .summary import LayerSummary, Summary
 from .verify import Verification, verify_model
 

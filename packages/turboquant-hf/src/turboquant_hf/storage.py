@@ -1,36 +1,28 @@
-"""A cache in a file: safetensors with a header that is checked; nothing in it is executed."""
+"""Layers of a cache in a file, and back: everything in its header is checked against the cache that reads it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from turboquant_core import LAYOUT_VERSION, TurboQuantError
+from turboquant_core import LAYOUT_VERSION
 
+from .cache_file import CacheFileError, check_target, read, write
 from .layer import TurboQuantLayer
 from .packed_layer import LayerShape
 from .sliding_layer import TurboQuantSlidingLayer
 from .special_layer import StateBeside
 
-FORMAT = "turboquant-cache"
-FORMAT_VERSION = 1
 _MAKE_IT_ALIKE = "load it into a cache of the model and the options that it was saved from"
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-
-
-class CacheFileError(TurboQuantError, ValueError):
-    """A file is not a cache, not a whole one, or one of another model or of other options."""
 
 
 def fingerprint(config: PreTrainedConfig) -> str:
@@ -94,54 +86,13 @@ def save_layers(path: str | os.PathLike[str], layers: list[Any], header: dict[st
         CacheFileError: a layer is not packed.
         OSError: ``path`` is a folder or lies in none, or cannot be written; nothing is left of it then.
     """
-    _check_target(Path(path))
+    check_target(Path(path))
     packed = _packed_layers(layers)
     header = {**header, "layout_version": LAYOUT_VERSION, "layers": [_layer_header(layer) for layer in packed]}
     tensors = {name: x for index, layer in enumerate(packed) for name, x in _layer_tensors(index, layer).items()}
     if ids is not None:
         tensors["ids"] = ids.detach().cpu().contiguous()
-    _write(Path(path), tensors, {"format": FORMAT, "version": str(FORMAT_VERSION), "header": json.dumps(header)})
-
-
-def _check_target(path: Path) -> None:
-    """Before anything is copied or written, say what is in the way of a new file."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, and nothing was saved: give the path of a file in it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}, and nothing was saved: create it, or name another")
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors, if the file is a cache of this version."""
-    if path.is_dir():
-        raise CacheFileError(f"{path} is a folder: give the path of the file that save() wrote")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}: give the path of the file that save() wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CacheFileError(f"{path} is a safetensors file, but not a packed cache")
-            if metadata.get("version") != str(FORMAT_VERSION):
-                raise CacheFileError(
-                    f"{path} has format version {metadata.get('version')}; this release reads {FORMAT_VERSION}: load "
-                    "it with the release that saved it"
-                )
-            return json.loads(metadata["header"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise CacheFileError(
-            f"{path} is not a whole packed cache ({error}): save it again, or run its prompt over an empty cache"
-        ) from error
+    write(Path(path), tensors, header)
 
 
 def _check_header(path: Path, found: dict[str, Any], header: dict[str, Any], layers: list[TurboQuantLayer]) -> None:
@@ -175,20 +126,32 @@ def load_layers(
         FileNotFoundError: there is no such file.
     """
     packed = _packed_layers(layers)
-    found, tensors = _read(Path(path))
+    found, tensors = read(Path(path))
     _check_header(Path(path), found, header, packed)
     try:
         for index, (layer, saved) in enumerate(zip(packed, found["layers"], strict=True)):
             if "shape" in saved:
                 own = {name: tensors[f"{index}.{name}"] for name in _names(index, tensors)}
                 _fill(layer, saved, own, device)
+        ids = tensors.get("ids")
+        _check_whole(packed, ids)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         for layer in packed:
             layer.reset()
         raise CacheFileError(
             f"{path} does not hold what its header says ({error}): it was changed after it was saved; save it again"
         ) from error
-    return tensors.get("ids")
+    return ids
+
+
+def _check_whole(layers: list[TurboQuantLayer], ids: Tensor | None) -> None:
+    """Raise ``ValueError`` when layers hold different texts, or ``ids`` are no token ids of as many sequences."""
+    held = {(0, 0) if layer.store is None else (layer.store.batch, layer.get_seq_length()) for layer in layers}
+    if len(held) > 1:
+        raise ValueError(f"its layers hold (sequences, tokens) {sorted(held)}")
+    batch = next(iter(held))[0]
+    if ids is not None and (ids.dim() != 2 or ids.dtype != torch.int64 or len(ids) != batch):
+        raise ValueError(f"token ids are {ids.dtype} {tuple(ids.shape)} for {batch} sequences")
 
 
 def _names(index: int, tensors: dict[str, Tensor]) -> list[str]:
@@ -198,6 +161,9 @@ def _names(index: int, tensors: dict[str, Tensor]) -> list[str]:
 
 def _fill(layer: TurboQuantLayer, saved: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
     batch, kv_heads, head_dim, value_head_dim, dtype = saved["shape"]
+    for number in (batch, kv_heads, head_dim, value_head_dim, saved["packed"], saved["seen"]):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} is no number of anything")
     shape = LayerShape(batch, kv_heads, head_dim, value_head_dim, _DTYPES[dtype])
     layer.create_store(shape, device, tensors.get("center"))
     store = layer.packed_sequences
@@ -208,3 +174,5 @@ def _fill(layer: TurboQuantLayer, saved: dict[str, Any], tensors: dict[str, Tens
     )
     if isinstance(layer, TurboQuantSlidingLayer):
         layer.restore(saved["seen"])
+    elif store.length != saved["seen"]:
+        raise ValueError(f"{store.length} tokens are held of {saved['seen']}")
