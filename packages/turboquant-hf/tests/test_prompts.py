@@ -251,8 +251,18 @@ class TestAModelThatWasNotPatched:
         with prompts_watched(llama):
             with prompts_watched(llama):
                 pass
-            assert is_watched(llama)
-        assert not is_watched(llama)
+            assert "prepare_inputs_for_generation" in vars(llama)
+            assert not is_watched(llama)
+        assert "prepare_inputs_for_generation" not in vars(llama)
+
+    def test_a_model_that_is_patched_meanwhile(self, llama: Any) -> None:
+        """In another thread, while this one generates."""
+        with prompts_watched(llama):
+            patch_model(llama, verify=False)
+        assert is_watched(llama)
+        unpatch_model(llama)
+        assert not llama._forward_pre_hooks
+        assert "prepare_inputs_for_generation" not in vars(llama)
 
     def test_other_caches_are_left_alone(self, llama: Any, prompt: torch.Tensor) -> None:
         TurboQuantCache(llama.config)

@@ -6,19 +6,27 @@ import difflib
 from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import Parameter, signature
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedConfig
 
+from .compat import PreTrainedModel
+
 P = ParamSpec("P")
 
 
-def check_model(model: object) -> None:
-    """Raise ``ValueError`` for what is no loaded Transformers model."""
+def check_model(model: object) -> PreTrainedModel:
+    """The Transformers model that ``model`` is or, where it is a wrapper (adapters, ``torch.compile``), has in it.
+
+    Raises:
+        ValueError: it is no loaded model.
+    """
     if isinstance(model, Module) and isinstance(getattr(model, "config", None), PreTrainedConfig):
-        return
+        # What generates is the model within, whose methods a wrapper merely passes on.
+        within = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+        return next(within, cast("PreTrainedModel", model))
     if isinstance(model, PreTrainedConfig):
         raise ValueError(f"model is a {type(model).__name__}: pass the model that has this configuration")
     if isinstance(model, Module):

@@ -88,7 +88,7 @@ def check_model_compatibility(model: PreTrainedModel, **options: Any) -> Compati
         TurboQuantError: the model fails on the batch.
         TypeError: there is no such option.
     """
-    check_model(model)
+    model = check_model(model)
     check_attention(model)
     cache = TurboQuantCache(model.config, **options)
     was_patched = is_watched(model)

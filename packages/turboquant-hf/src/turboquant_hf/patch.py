@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .arguments import check_model, check_names, option_names
 from .attention import register
+from .blocks import fresh_caches
 from .cache import TurboQuantCache
-from .compat import CACHE_ARGUMENT, PreTrainedModel
+from .compat import PreTrainedModel
 from .presets import BitsOrPreset, resolve
-from .prompts import unwatch_prompts, watch_prompts
+from .prompts import is_watched, unwatch_prompts, watch_prompts
 from .quality import QualityWarning, concerns
 from .registration import BASES, NAMES, check_attention, why_not_registered
 from .static_cache import TurboQuantStaticCache
@@ -29,12 +30,13 @@ def _switch(model: PreTrainedModel, names: dict[str, str]) -> None:
         model.set_attn_implementation({"text_config": target} if "text_config" in model.config.sub_configs else target)
 
 
-def _check(function: Callable[..., Any], model: object, options: dict[str, Any]) -> None:
-    """Before anything is measured: see ``Raises`` of :func:`patch_model`."""
-    check_model(model)
+def _check(function: Callable[..., Any], model: object, options: dict[str, Any]) -> PreTrainedModel:
+    """The model within, before anything is measured: see ``Raises`` of :func:`patch_model`."""
+    within = check_model(model)
     # The block of turboquant() passes it on to patch_model().
     own = [*option_names(function), "verify"]
     check_names(function.__name__, options, dict.fromkeys([*own, *option_names(TurboQuantCache.__init__)]))
+    return within
 
 
 @overload
@@ -94,13 +96,13 @@ def patch_model(
         (``past_key_values`` before Transformers 5.24).
 
     Raises:
-        TurboQuantError: verification failed, or the doctor refuses the model; it is left unpatched, as after any other
+        TurboQuantError: verification failed, or the doctor refuses the model; it is left as it was, as after any other
             error.
         ValueError: ``model`` is none, an option is out of range, a preset does not fit, no layer can be packed, or the
             model runs an attention implementation other than ``sdpa`` and ``eager``.
         TypeError: there is no such option.
     """
-    _check(patch_model, model, options)
+    model = _check(patch_model, model, options)
     numbers, options = resolve(model, bits, options, calibration)
     # Verification is about wiring: its twin codes vector by vector, shaped codes are those of a call.
     plain = {name: value for name, value in options.items() if name != "shaped"}
@@ -115,6 +117,7 @@ def patch_model(
 
     cache = static(max_cache_len) if max_cache_len is not None else TurboQuantCache(model.config, numbers, **options)
     check_attention(model)
+    was_patched = is_watched(model)
     watch_prompts(model)
     if why_not_registered(model) is None:
         register()
@@ -126,7 +129,8 @@ def patch_model(
                 verify_static(model, static, fresh)
         # Whatever a model raises over pages that it cannot use.
         except Exception:
-            unpatch_model(model)
+            if not was_patched:
+                unpatch_model(model)
             raise
         for concern in concerns(cache.verification.layers, centered=cache.options.center_keys is not False):
             warnings.warn(f"{type(model).__name__}: {concern}", QualityWarning, stacklevel=2)
@@ -139,7 +143,7 @@ def unpatch_model(model: PreTrainedModel) -> None:
     Raises:
         ValueError: ``model`` is no loaded Transformers model.
     """
-    check_model(model)
+    model = check_model(model)
     unwatch_prompts(model)
     _switch(model, NAMES)
 
@@ -155,7 +159,8 @@ def turboquant(
 ) -> Iterator[None]:
     """Within the block, every ``model.generate()`` without a cache gets a fresh packed one.
 
-    Pipelines and evaluation harnesses, which pass no cache, profit too. ``cache_implementation="static"`` gives a
+    Pipelines and evaluation harnesses, which pass no cache, profit too. A block within another has its own options, and
+    a model that was patched before stays so. ``cache_implementation="static"`` gives a
     static cache (:class:`TurboQuantStaticCache`) as long as the call may need.
 
     Args:
@@ -169,32 +174,26 @@ def turboquant(
         TurboQuantError: verification failed.
         ValueError: ``model`` is none, or an option is out of range.
         TypeError: there is no such option.
+        RuntimeError: another thread is in a block of this model.
     """
-    _check(turboquant, model, options)
+    model = _check(turboquant, model, options)
     numbers, options = resolve(model, bits, options, calibration)
-    patch_model(model, numbers, max_cache_len=max_cache_len, **options)
     cache_options = {name: value for name, value in options.items() if name != "verify"}
-    prepare: Any = model._prepare_cache_for_generation
 
-    def with_fresh_cache(
-        generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
-    ) -> Any:
-        if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
-            room = max_cache_len or _static_room(generation_config, max_cache_length)
-            model_kwargs[CACHE_ARGUMENT] = (
-                TurboQuantCache(model.config, numbers, **cache_options)
-                if room is None
-                else TurboQuantStaticCache(model.config, room, numbers, **cache_options)
-            )
-        return prepare(generation_config, model_kwargs, mode, batch_size, max_cache_length)
+    def make(generation_config: Any, max_cache_length: int) -> TurboQuantCache | TurboQuantStaticCache:
+        room = max_cache_len or _static_room(generation_config, max_cache_length)
+        if room is None:
+            return TurboQuantCache(model.config, numbers, **cache_options)
+        return TurboQuantStaticCache(model.config, room, numbers, **cache_options)
 
-    # On the instance, where it hides the method of the class.
-    vars(model)["_prepare_cache_for_generation"] = with_fresh_cache
-    try:
-        yield
-    finally:
-        del vars(model)["_prepare_cache_for_generation"]
-        unpatch_model(model)
+    with fresh_caches(model, make):
+        was_patched = is_watched(model)
+        patch_model(model, numbers, max_cache_len=max_cache_len, **options)
+        try:
+            yield
+        finally:
+            if not was_patched:
+                unpatch_model(model)
 
 
 def _static_room(generation_config: Any, max_cache_length: int) -> int | None:

@@ -114,18 +114,21 @@ def _replace_method(model: PreTrainedModel) -> None:
 
 def watch_prompts(model: PreTrainedModel) -> None:
     """Check the prompts of ``model.generate`` on packed caches, until :func:`unwatch_prompts`. Idempotent."""
-    if is_watched(model) or not hasattr(type(model), _METHOD):
-        return
-    # Before every forward, also of one that generate() does not call.
-    _hooks[model] = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
-    _replace_method(model)
+    with _lock:
+        if is_watched(model) or not hasattr(type(model), _METHOD):
+            return
+        # Before every forward, also of one that generate() does not call.
+        _hooks[model] = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+        # A call of another thread that watches them for itself must not end this.
+        if _blocks.pop(model, None) is None:
+            _replace_method(model)
 
 
 @contextmanager
 def prompts_watched(model: PreTrainedModel) -> Iterator[None]:
     """Check prompts within the block, and leave the model as it was; blocks of several threads end with the last."""
     with _lock:
-        if not is_watched(model) and hasattr(type(model), _METHOD):
+        if _METHOD not in vars(model) and hasattr(type(model), _METHOD):
             _replace_method(model)
             _blocks[model] = 0
         if model in _blocks:
@@ -151,4 +154,4 @@ def unwatch_prompts(model: PreTrainedModel) -> None:
 
 def is_watched(model: PreTrainedModel) -> bool:
     """Whether :func:`watch_prompts` was called; every patched model is watched."""
-    return _METHOD in vars(model)
+    return _METHOD in vars(model) and model not in _blocks

@@ -141,7 +141,7 @@ def measure_shaping(model: PreTrainedModel, ids: Tensor) -> Shaping:
         TurboQuantError: a layer's queries or output projection are not found.
         ValueError: ``model`` is no loaded model, or ``ids`` are no token ids.
     """
-    check_model(model)
+    model = check_model(model)
     check_ids("ids", ids)
     watch, cache = _Watch(), DynamicCache(config=model.config)
     layers: list[Any] = cache.layers

@@ -118,7 +118,7 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
         ValueError: ``model`` is no loaded model, or an encoder-decoder.
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors, or the model fails.
     """
-    check_model(model)
+    model = check_model(model)
     cache = make_cache()
     probes = probe_layers(cache)
     error, tolerance = _compare(model, cache, make_cache())
@@ -158,6 +158,6 @@ def _compare(model: PreTrainedModel, cache: Cache, reference: TurboQuantCache) -
     if not error <= tolerance:
         raise TurboQuantError(
             f"{type(model).__name__} gives other logits over packed pages than over the same vectors decoded: "
-            f"relative error {error:.3g}, allowed {tolerance:.3g}. It is left unpatched; verify=False skips this check"
+            f"relative error {error:.3g}, allowed {tolerance:.3g}. It is left as it was; verify=False skips this check"
         )
     return error, tolerance
