@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -26,7 +27,7 @@ from turboquant_hf import TurboQuantCache, patch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.verify import decoded_twin
 
-from .conftest import COMMON, CONFIGS, GQA, VOCABULARY, build
+from .conftest import COMMON, CONFIGS, GQA, UNTOUCHED, VOCABULARY, build
 
 WINDOWS = {"sink_tokens": 2, "recent_tokens": 6}
 
@@ -96,6 +97,52 @@ def test_autocast(llama: Any, prompt: torch.Tensor) -> None:
         for ids in (prompt, prompt[:, :3], prompt[:, :1]):
             got, expected = (llama(ids, **{CACHE_ARGUMENT: cache}).logits.float() for cache in (packed, twin))
             torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, WINDOWS, {"compress_v": False}, {"start_after": 30}], ids=str)
+def test_gradients_are_not_kept(llama: Any, prompt: torch.Tensor, options: dict[str, Any]) -> None:
+    """A cache that was filled outside ``torch.no_grad()`` holds no graphs, and can be copied."""
+    patch_model(llama, verify=False)
+    packed, twin = pair(llama, **options)
+    for ids in (prompt, prompt[:, :3], prompt[:, :1], prompt[:, :20]):
+        got, expected = (llama(ids, **{CACHE_ARGUMENT: cache}).logits for cache in (packed, twin))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    got.sum().backward()
+    copied = copy.deepcopy(packed)
+    with torch.no_grad():
+        one, other = (llama(prompt[:, :1], **{CACHE_ARGUMENT: cache}).logits for cache in (packed, copied))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {}), ("gemma2", {"compress_sliding": True}), ("falcon", WINDOWS)],
+    ids=["plain", "sliding", "untouched"],
+)
+def test_a_compiled_model_over_pages_that_grow(name: str, options: dict[str, Any], prompt: torch.Tensor) -> None:
+    """The graph is broken around every update; what is computed stays the same."""
+    model = build(*CONFIGS[name]) if name in CONFIGS else build(UNTOUCHED[name], "sdpa")
+    patch_model(model, verify=False)
+    caches = [TurboQuantCache(model.config, page_size=16, **options) for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="aot_eager")
+    with torch.no_grad():
+        for width in (21, *[1] * 9, 4, 18, 1):
+            ids = prompt[:, :width]
+            got, expected = (
+                run(ids, **{CACHE_ARGUMENT: cache}).logits for run, cache in zip((compiled, model), caches, strict=True)
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        torch._dynamo.reset()
+        whole = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        with pytest.raises(Exception, match=r"pages that grow are no part of a graph|torch\.compiler\.disable"):
+            whole(prompt, **{CACHE_ARGUMENT: TurboQuantCache(model.config, page_size=16, **options)})
+
+
+def test_weights_that_are_offloaded(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a model is nowhere by its own account."""
+    monkeypatch.setattr(type(llama), "device", torch.device("meta"))
+    assert patch_model(llama).verification is not None
 
 
 def test_threads_with_a_cache_each(llama: Any, prompt: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, Gemma2Config, MistralConfig
 
 from turboquant_core import CacheCodec, TurboQuantError
-from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, packed_layer, patch_model, turboquant
+from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, packed_layer, patch_model, turboquant, unpatch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.prompts import is_watched
 
@@ -285,6 +285,7 @@ def test_patch_model_verifies_static_pages(llama: Any, monkeypatch: pytest.Monke
     assert type(cache) is TurboQuantStaticCache
     assert cache.verification is not None
     assert cache.get_seq_length() == 0
+    unpatch_model(llama)
     monkeypatch.setattr(
         "turboquant_core.static_sequences.StaticSequences.exact_from_after", lambda self, tokens: self.filled * 0
     )

@@ -15,6 +15,7 @@ from transformers import MistralConfig
 
 from turboquant_hf import CacheFileError, TurboQuantCache, patch_model
 from turboquant_hf.compat import CACHE_ARGUMENT
+from turboquant_hf.verify import decoded_twin
 
 from .conftest import CONFIGS, GQA, build
 
@@ -42,6 +43,31 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(
         for width in (1, 3, 1):
             got, expected = (llama(prompt[:, :width], **{CACHE_ARGUMENT: c}).logits for c in (loaded, saved))
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"compress_v": False}, OPTIONS, {"start_after": 50}], ids=str)
+def test_a_model_elsewhere_or_of_another_dtype(
+    llama: Any, prompt: torch.Tensor, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """The file holds what one dtype and one device made; the model that goes on may have others."""
+    held(llama.to(torch.bfloat16), prompt, **options).save(tmp_path / "cache")
+    loaded, moved = (TurboQuantCache(llama.config, 3, **options) for _ in range(2))
+    for cache in (loaded, moved):
+        cache.load(tmp_path / "cache")
+    for layer in moved.layers:
+        layer.device = torch.device("meta")
+    llama.to(torch.float32)
+    expected = decoded_twin(TurboQuantCache(llama.config, 3, **options), llama.config)
+    with torch.no_grad():
+        llama(prompt, **{CACHE_ARGUMENT: expected})
+        # Fused, and a chunk that is decoded.
+        for width in (1, 3, 18, 1):
+            ids = prompt[:, :width]
+            got, also, want = (llama(ids, **{CACHE_ARGUMENT: c}).logits for c in (loaded, moved, expected))
+            assert torch.equal(got, also)
+            assert (got - want).norm() < 0.05 * want.norm()
+    assert {layer.device.type for layer in moved.layers} == {"cpu"}
+    assert moved.memory().stored == loaded.memory().stored
 
 
 def test_sliding_layers(tmp_path: Path, prompt: torch.Tensor) -> None:

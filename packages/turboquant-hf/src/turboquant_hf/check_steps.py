@@ -45,11 +45,13 @@ def run_steps(model: PreTrainedModel, cache: Cache) -> Tensor:
             f"{type(model).__name__} is an encoder-decoder, which cannot be run with decoder tokens alone: use "
             "patch_model(model, verify=False) and generate with EncoderDecoderCache(cache, DynamicCache())"
         )
+    # Weights that are offloaded have no place; what brings them back takes its inputs along.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     training = model.training
     model.eval()
     rows = []
     try:
-        for ids, mask in _steps(model.config.get_text_config(decoder=True).vocab_size, model.device):
+        for ids, mask in _steps(model.config.get_text_config(decoder=True).vocab_size, device):
             # Positions count from the first real token.
             position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             arguments: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}

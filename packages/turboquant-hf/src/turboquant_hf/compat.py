@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from transformers import cache_utils, masking_utils
 from transformers.cache_utils import (
     Cache,
@@ -24,6 +26,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASK_FUNC
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 """Keyword by which ``generate`` and ``forward`` take a cache: ``cache`` since Transformers 5.24."""
@@ -53,6 +57,14 @@ LinearAttentionAndStaticSlidingWindowAttentionLayer: Any = getattr(
     cache_utils, "LinearAttentionAndStaticSlidingWindowAttentionLayer", None
 )
 
+
+def uncompiled(reason: str) -> Callable[[_Function], _Function]:
+    """Decorator of what a compiler must leave alone; ``reason`` says why where all of a model has to be one graph."""
+    # torch 2.6 does not ask why.
+    asked = {"reason": reason} if "reason" in signature(torch.compiler.disable).parameters else {}
+    return lambda function: torch.compiler.disable(function, **asked)
+
+
 __all__ = [
     "ATTENTION_FUNCTIONS",
     "CACHE_ARGUMENT",
@@ -80,4 +92,5 @@ __all__ = [
     "eager_mask",
     "sdpa_attention_forward",
     "sdpa_mask",
+    "uncompiled",
 ]

@@ -27,9 +27,9 @@ def unfit_query(step: StepPast, query: Tensor, *, needs_offset: bool = False) ->
     """
     if needs_offset and step.past.codec.key.center is not None:
         return "centred keys under a soft cap or attention sinks"
-    if step.past.codec.value is None and query.dtype != step.dtype:
+    if step.past.codec.value is None and query.dtype != step.stored:
         # Raw values are read as the query's dtype.
-        return f"{query.dtype} queries over raw {step.dtype} values"
+        return f"{query.dtype} queries over raw {step.stored} values"
     return None
 
 

@@ -31,13 +31,14 @@ class StepPast:
 
     Args:
         past: the pages as they are now; kept even when the cache moves or grows meanwhile.
-        dtype: of the dense tensors that the handles stand for.
+        dtype: of what is stored in full precision, and of the dense tensors that the handles stand for.
         counters: where the layer counts its calls.
         length: how many of the last tokens the handles show; None for all.
         window: keys that a query sees, itself included; None for all.
         padding_is_known: whether the layer was told where its sequences begin.
 
     Attributes:
+        stored: ``dtype`` as it was given; ``dtype`` may become another one, that of the queries.
         tiles: how often the handles show all heads, one round after the other.
     """
 
@@ -52,7 +53,7 @@ class StepPast:
         padding_is_known: bool = True,
     ) -> None:
         self.past = past
-        self.dtype = dtype
+        self.dtype = self.stored = dtype
         self.counters = counters
         self.length = past.length if length is None else length
         self.window = window
@@ -82,9 +83,9 @@ class StepPast:
     def decoded(self) -> Gathered:
         """Dense keys and values, decoded once however many operations ask."""
         if self._decoded is None:
-            keys, values = self.past.read(self.hidden, self.past.length, self.dtype)
+            exact = self.past.read(self.hidden, self.past.length, self.stored)
             # The strides that the handles have promised: models call view().
-            self._decoded = Gathered(keys.contiguous(), values.contiguous())
+            self._decoded = Gathered(*(x.to(self.dtype).contiguous() for x in exact))
         return self._decoded
 
     def tiled(self, tiles: int) -> StepPast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,23 @@ from torch import Tensor
 
 from turboquant_core import CacheCodec, KernelProvider, PackedSequences, WindowedPast, WindowedSequences
 
-from .compat import DynamicLayer
+from .compat import DynamicLayer, uncompiled
 from .options import CacheOptions
-from .packed_layer import PackedLayer
+from .packed_layer import LayerShape, PackedLayer
 from .padding import Padding
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a layer holds.
+
+    Attributes:
+        packed: tokens in pages.
+        tensors: by name; ``center`` only where keys are centred.
+    """
+
+    packed: int
+    tensors: dict[str, Tensor]
 
 
 class TurboQuantLayer(PackedLayer[WindowedSequences], DynamicLayer):
@@ -25,6 +39,7 @@ class TurboQuantLayer(PackedLayer[WindowedSequences], DynamicLayer):
     def _make_store(self, batch: int, codec: CacheCodec, provider: KernelProvider) -> WindowedSequences:
         return WindowedSequences(PackedSequences(batch, codec, provider, self.dtype), self.windows)
 
+    @uncompiled("pages that grow are no part of a graph: use TurboQuantStaticCache or patch_model(max_cache_len=...)")
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values; return what attention should use.
 
@@ -38,22 +53,72 @@ class TurboQuantLayer(PackedLayer[WindowedSequences], DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_batch(key_states)
-        store = self.packed_sequences
+        self._move(key_states.device)
         self.prefetch()
+        store = self.packed_sequences
         if self.probe is not None:
             self.probe.see(key_states, value_states)
         first = store.length == 0
         # Raw values are stored as they are, so that one dtype must do for the whole past.
-        values = value_states if value_states.dtype == self.dtype else value_states.to(self.dtype)
-        store.append(key_states, values, self.padding.starts(store.batch))
+        keys, values = key_states, value_states if value_states.dtype == self.dtype else value_states.to(self.dtype)
+        if keys.requires_grad or values.requires_grad:
+            # No gradient flows through codes, and exact tokens would keep the graph of every step alive.
+            keys, values = keys.detach(), values.detach()
+        store.append(keys, values, self.padding.starts(store.batch))
         if first:
             return key_states, value_states
-        return self._exact() or self._handles()
+        if store.packed.length:
+            return self._handles(key_states.dtype)
+        exact_keys, exact_values = self._exact()
+        return exact_keys.to(key_states.dtype), exact_values.to(value_states.dtype)
 
-    def _exact(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values, as long as all of them are in the recent window."""
+    def _exact(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that attention should use while all of them are in the recent window."""
+        return self.packed_sequences.recent
+
+    def adopt(self, shape: LayerShape, device: torch.device, held: Held) -> None:
+        """Hold what another layer held.
+
+        Args:
+            shape: of it.
+            device: to hold it on.
+            held: what :meth:`held` gave.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: a tensor does not fit.
+        """
+        self.create_store(shape, device, held.tensors.get("center"))
         store = self.packed_sequences
-        return None if store.packed.length else store.recent
+        store.packed.adopt(held.tensors["pages"], held.packed)
+        names = ("recent_keys", "recent_values", "sink_keys", "sink_values", "sink_starts")
+        store.adopt_exact(*(held.tensors[name] for name in names))
+
+    def held(self) -> Held:
+        """Everything that is held, copied."""
+        store = self.packed_sequences
+        tensors = {
+            "pages": store.packed.export(),
+            "recent_keys": store.recent.keys,
+            "recent_values": store.recent.values,
+            "sink_keys": store.sinks.kept.keys,
+            "sink_values": store.sinks.kept.values,
+            "sink_starts": store.sinks.starts,
+        }
+        center = store.codec.key.center
+        return Held(store.packed.length, tensors if center is None else {**tensors, "center": center})
+
+    @property
+    def shape(self) -> LayerShape:
+        """Of what is held."""
+        store = self.packed_sequences
+        layout = store.layout
+        return LayerShape(store.batch, layout.kv_heads, layout.key.head_dim, layout.value.head_dim, self.dtype)
+
+    def _move(self, device: torch.device) -> None:
+        """Begin anew on the device of the model's layer: a loaded cache may be elsewhere, codecs and kernels too."""
+        if device != self.device:
+            self.adopt(self.shape, device, self.held())
 
     def past(self) -> WindowedPast:
         """Everything that is held."""

@@ -161,8 +161,10 @@ class PackedLayer(ABC, Generic[Store]):
         """Everything that is held."""
         return self.packed_sequences.past()
 
-    def _handles(self) -> tuple[PackedTensor, PackedTensor]:
+    def _handles(self, dtype: torch.dtype | None = None) -> tuple[PackedTensor, PackedTensor]:
+        """Of keys and values; ``dtype`` is that of what the model compares them with, None for that of the cache."""
         step = self.step_past()
+        step.dtype = dtype or step.dtype
         return PackedTensor(step, "keys"), PackedTensor(step, "values")
 
     @property

@@ -51,9 +51,9 @@ class TurboQuantSlidingLayer(TurboQuantLayer, DynamicSlidingWindowLayer):
             self._drop()
         return updated
 
-    def _exact(self) -> tuple[Tensor, Tensor] | None:
-        exact = super()._exact()
-        return None if exact is None else (exact[0][:, :, -self._shown :], exact[1][:, :, -self._shown :])
+    def _exact(self) -> tuple[Tensor, Tensor]:
+        keys, values = super()._exact()
+        return keys[:, :, -self._shown :], values[:, :, -self._shown :]
 
     def step_past(self) -> StepPast:
         """What attention may read now."""

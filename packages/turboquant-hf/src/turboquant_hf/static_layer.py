@@ -101,17 +101,18 @@ class TurboQuantStaticLayer(PackedLayer[StaticSequences], StaticLayer):
         if not self.has_past:
             self.has_past = True
             return key_states, value_states
-        return self._handles()
+        return self._handles(key_states.dtype)
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         store = self.packed_sequences
         # Raw values are stored as they are, so that one dtype must do for the whole past.
         store.append(key_states.detach(), value_states.detach().to(self.dtype), self.padding.starts(store.batch))
 
-    def _handles(self) -> tuple[Any, Any]:
+    def _handles(self, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         if not torch.compiler.is_compiling():
-            return super()._handles()
+            return super()._handles(dtype)
         step = self.step_past()
+        step.dtype = dtype or step.dtype
         return TracedTensor(step, "keys"), TracedTensor(step, "values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

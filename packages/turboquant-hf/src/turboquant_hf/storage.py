@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from turboquant_core import LAYOUT_VERSION
 
 from .cache_file import CacheFileError, check_target, read, write
-from .layer import TurboQuantLayer
+from .layer import Held, TurboQuantLayer
 from .packed_layer import LayerShape
 from .sliding_layer import TurboQuantSlidingLayer
 from .special_layer import StateBeside
@@ -42,26 +42,16 @@ def _layer_header(layer: TurboQuantLayer) -> dict[str, Any]:
     }
     if layer.store is None:
         return expected
-    layout = layer.store.layout
-    shape = [layer.store.batch, layout.kv_heads, layout.key.head_dim, layout.value.head_dim, str(layer.dtype)]
+    was = layer.shape
+    shape = [was.batch, was.kv_heads, was.head_dim, was.value_head_dim, str(was.dtype)]
     seen = layer.cumulative_length if isinstance(layer, TurboQuantSlidingLayer) else layer.store.length
     return {**expected, "shape": shape, "packed": layer.store.packed.length, "seen": seen}
 
 
 def _layer_tensors(index: int, layer: TurboQuantLayer) -> dict[str, Tensor]:
-    store = layer.store
-    if store is None:
+    if layer.store is None:
         return {}
-    tensors = {
-        "pages": store.packed.export(),
-        "recent_keys": store.recent.keys,
-        "recent_values": store.recent.values,
-        "sink_keys": store.sinks.kept.keys,
-        "sink_values": store.sinks.kept.values,
-        "sink_starts": store.sinks.starts,
-    }
-    if store.codec.key.center is not None:
-        tensors["center"] = store.codec.key.center
+    tensors = layer.held().tensors
     return {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -165,14 +155,8 @@ def _fill(layer: TurboQuantLayer, saved: dict[str, Any], tensors: dict[str, Tens
         if type(number) is not int or number < 0:
             raise ValueError(f"{number!r} is no number of anything")
     shape = LayerShape(batch, kv_heads, head_dim, value_head_dim, _DTYPES[dtype])
-    layer.create_store(shape, device, tensors.get("center"))
-    store = layer.packed_sequences
-    store.packed.adopt(tensors["pages"], saved["packed"])
-    store.adopt_exact(
-        *(tensors[f"recent_{name}"] for name in ("keys", "values")),
-        *(tensors[f"sink_{name}"] for name in ("keys", "values", "starts")),
-    )
+    layer.adopt(shape, device, Held(saved["packed"], tensors))
     if isinstance(layer, TurboQuantSlidingLayer):
         layer.restore(saved["seen"])
-    elif store.length != saved["seen"]:
-        raise ValueError(f"{store.length} tokens are held of {saved['seen']}")
+    elif layer.get_seq_length() != saved["seen"]:
+        raise ValueError(f"{layer.get_seq_length()} tokens are held of {saved['seen']}")
