@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from turboquant_core import Attended
+from turboquant_core.split_past import SplitPast
+
+from .compat import uncompiled
 from .handle import StepPast
 from .visibility import Visibility
 from .visibility_on_device import must_not_wait
@@ -33,6 +38,14 @@ def unfit_query(step: StepPast, query: Tensor, *, needs_offset: bool = False) ->
     return None
 
 
+def _attend(past: SplitPast, query: Tensor, **options: Any) -> Attended:
+    return past.attend(query, **options)
+
+
+# Its lengths are numbers of the host: every step would be a graph of its own.
+_attend_uncompiled = uncompiled("attention over pages that grow is no part of a graph")(_attend)
+
+
 def fused_attention(
     step: StepPast,
     query: Tensor,
@@ -53,7 +66,9 @@ def fused_attention(
     folded = not visibility.causal and q_len > 1
     if folded:
         query = query.reshape(batch, q_heads * q_len, 1, head_dim)
-    out = step.past.attend(
+    must_break = torch.compiler.is_compiling() and not step.has_room
+    out = (_attend_uncompiled if must_break else _attend)(
+        step.past,
         query,
         scaling=scaling,
         seq_starts=_starts(step, visibility),
