@@ -147,6 +147,8 @@ def test_a_model_in_a_wrapper(llama: Any, prompt: torch.Tensor, wrap: Any) -> No
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_drafts_of_a_model_that_is_in_a_block_too(name: str, prompt: torch.Tensor) -> None:
     """A drafting model's cache takes tokens back, also where its windows slide."""
+    if name == "gemma2" and not hasattr(DynamicCache, "activate_past_recording"):
+        pytest.skip("no tokens are taken back from a sliding window before Transformers 5.14")
     model, assistant = build(*CONFIGS[name]), build(*CONFIGS[name])
     with torch.no_grad():
         assistant.lm_head.weight.add_(0.05 * torch.randn_like(assistant.lm_head.weight))

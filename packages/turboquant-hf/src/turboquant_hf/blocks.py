@@ -19,6 +19,8 @@ MakeCache: TypeAlias = Callable[[Any, int], PackedCache]
 """From the configuration of a call and the tokens that it may need to an empty cache."""
 
 _METHOD = "_prepare_cache_for_generation"
+_OF_A_DRAFTER = "dynamic_full"
+"""What a drafting model asks for before its cache could record its past: one without windows, which stays stock."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +41,8 @@ def _replace_method(model: PreTrainedModel) -> None:
     @wraps(original)
     def prepare(self: PreTrainedModel, config: Any, arguments: dict[str, Any], mode: Any, *sizes: Any) -> Any:
         blocks = _open.get(self)
-        if blocks is not None and arguments.get(CACHE_ARGUMENT) is None and config.use_cache is not False:
+        is_asked = config.use_cache is not False and config.cache_implementation != _OF_A_DRAFTER
+        if blocks is not None and arguments.get(CACHE_ARGUMENT) is None and is_asked:
             cache: Any = blocks.makers[-1](config, sizes[-1])
             if getattr(config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
                 # As Transformers does with a cache of its own: rejected drafts are taken back.
