@@ -137,23 +137,43 @@ def preflight(reports: list[Row]) -> str:
     return table(["engine", "", "texts"], rows)
 
 
-def decoding(reports: list[Row]) -> str:
+def soak(reports: list[Row]) -> str:
+    """What random traffic came to."""
+    found: Row = only(reports)["soak"]
+    shown = {key: value for key, value in found.items() if not isinstance(value, list)}
+    return table(["", "found"], [[key.replace("_", " "), _cell(value)] for key, value in shown.items()])
+
+
+def _cell(value: Any) -> Any:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+def by_run(make: Callable[[Row], str]) -> Callable[[list[Row]], str]:
+    """A table of each run by itself, because speeds are relative to others of the same run."""
+    return lambda reports: "\n\n".join(f"`{report['command']}`:\n\n{make(report['results'])}" for report in reports)
+
+
+def decoding(results: Row) -> str:
     """Speed, memory and bytes of caches in Transformers, without those that were not there."""
-    rows = [row for report in reports for row in report["results"]["rows"] if "reason" not in row]
-    return decode_table(rows)
+    return decode_table([row for row in results["rows"] if "reason" not in row])
 
 
-def decoding_goals(reports: list[Row]) -> str:
+def decoding_goals(results: Row) -> str:
     """Targets of Transformers' decoding, met or missed."""
-    rows = [row for report in reports for row in report["results"]["targets"]]
     header = ["target", "batch x context", "cache", "at least", "found", ""]
-    return table(header, [[*list(row.values())[:-1], "met" if row["met"] else "missed"] for row in rows])
+    return table(header, [[*list(row.values())[:-1], "met" if row["met"] else "missed"] for row in results["targets"]])
 
 
 def absent(reports: list[Row]) -> str:
-    """What was not run, and why."""
-    found = {row["cache"]: row["reason"] for report in reports for row in report["results"]["rows"] if "reason" in row}
-    return "\n".join(f"- {cache}: {reason}" for cache, reason in found.items()) or "Everything was run."
+    """What was not run, and why; of a cache that ran elsewhere, in which case."""
+    rows = [row for report in reports for row in report["results"]["rows"]]
+    ran = {row["cache"] for row in rows if "reason" not in row}
+    found = {
+        f"{row['cache']}, {row['batch']} x {row['context']}" if row["cache"] in ran else row["cache"]: row["reason"]
+        for row in rows
+        if "reason" in row
+    }
+    return "\n".join(f"- {what}: {reason}" for what, reason in found.items()) or "Everything was run."
 
 
 KINDS: dict[str, Callable[[list[Row]], str]] = {
@@ -168,8 +188,9 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "serving": serving,
     "serving_targets": serving_goals,
     "preflight": preflight,
-    "decode": decoding,
-    "decode_targets": decoding_goals,
+    "soak": soak,
+    "decode": by_run(decoding),
+    "decode_targets": by_run(decoding_goals),
     "absent": absent,
 }
 

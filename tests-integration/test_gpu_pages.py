@@ -183,3 +183,30 @@ def test_an_engine_that_failed_or_is_of_another_commit_is_named() -> None:
 def test_serving_without_bf16_decides_nothing() -> None:
     with pytest.raises(SystemExit, match="relative to bf16, which is not among turboquant-4bit"):
         serving_targets.targets({"turboquant-4bit": engine(375), "fp8": {"error": "no"}})
+
+
+def test_rows_of_two_runs_are_relative_to_their_own_and_an_absent_case_is_named() -> None:
+    def result(command: str, stock: float) -> dict[str, Any]:
+        case = {"batch": 1, "context": 4096}
+        rows = [
+            {**case, "cache": "DynamicCache bf16", "tokens_per_second": stock, "median_step_seconds": 1 / stock},
+            {**case, "cache": "turboquant 4 bit", "tokens_per_second": 20.0, "median_step_seconds": 0.05},
+            {**case, "context": 9, "cache": "turboquant 4 bit", "reason": "no room"},
+            {**case, "cache": "QuantizedCache fp8", "reason": "unknown"},
+        ]
+        return {"command": command, "results": {"rows": rows}}
+
+    runs = [result("first", 10.0), result("second", 40.0)]
+    shown = gpu_pages.KINDS["decode"](runs)
+    first, second = shown.split("`second`:")
+    assert first.startswith("`first`:")
+    assert "| 2.00x |" in first
+    assert "| 0.50x |" in second
+    assert gpu_pages.absent(runs) == "- turboquant 4 bit, 1 x 9: no room\n- QuantizedCache fp8: unknown"
+
+
+def test_a_soak_is_shown_by_its_counts() -> None:
+    shown = gpu_pages.soak([{"results": {"soak": {"passed": True, "sent": 7, "errors": []}}}])
+    assert "| passed | yes |" in shown
+    assert "| sent | 7 |" in shown
+    assert "errors" not in shown
