@@ -20,6 +20,7 @@ from turboquant_core import (
     WindowedSequences,
     Windows,
 )
+from turboquant_core.device_checks import require_before
 from turboquant_core.static_sequences import StaticSequences
 
 LAYOUT = PageLayout(VectorLayout(32, 3, "int8"), VectorLayout(16, 2, "cubic"), page_size=16, kv_heads=2)
@@ -166,10 +167,29 @@ def test_what_does_not_fit_is_named() -> None:
         pair(Windows(), capacity=0)
 
 
-def test_the_operator_is_registered_rightly() -> None:
+def test_tokens_of_a_page_that_was_written_over_have_its_place() -> None:
     _, static = pair(Windows(), room=32)
-    arguments = (static.filled + 40, static.block_table, 3, LAYOUT.page_size, CAPACITY)
-    slots = torch.ops.turboquant_core.next_slots(*arguments)
-    # Position 40 is in the third page, which is held in the place of the first.
-    assert slots.tolist() == [8, 9, 10, 24, 25, 26]
-    torch.library.opcheck(torch.ops.turboquant_core.next_slots, arguments)
+    static.append(*vectors(2, 40, 0))
+    before = static.pages.clone()
+    static.append(*vectors(2, 3, 1))
+    changed = (before != static.pages).flatten(1).any(1).nonzero().flatten()
+    # Position 40 is in the third page, which is held in the place of the first of each sequence.
+    assert changed.tolist() == [0, 1]
+
+
+def test_a_condition_of_a_graph_is_kept() -> None:
+    """Nothing reads what it gives, and still it is checked, before what comes after it."""
+
+    def step(x: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+        use = x + 1
+        require_before(use, (x < limit).all(), "x is too large")
+        return use * 2
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    x = torch.ones(3)
+    assert torch.equal(compiled(x, torch.tensor(2.0)), torch.full((3,), 4.0))
+    for call in (step, compiled):
+        with pytest.raises(ValueError, match="x is too large"):
+            call(x, torch.tensor(1.0))
+    arguments = (torch.ones(3), torch.tensor(True), "never")
+    torch.library.opcheck(torch.ops.turboquant_core.require_before, arguments)

@@ -31,9 +31,12 @@ class Stepping(ReferenceProvider):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[list[int]] = []
+        self.shown: list[list[list[bool]]] = []
 
     def add_tokens(self, part: Attended, query: Tensor, exact: Sequence[Gathered], **options: Any) -> Attended:
         self.seen.append([run.keys.shape[2] for run in exact])
+        if options["visible"] is not None:
+            self.shown.append(options["visible"].tolist())
         return attend_tokens(ReferenceProvider(), part, query, exact, **options)
 
 
@@ -68,3 +71,18 @@ def test_several_queries_see_different_tokens() -> None:
     provider = Stepping()
     sequences(provider, Windows(recent_tokens=7)).past().attend(torch.randn(2, 4, 2, 32), scaling=0.2)
     assert provider.seen == []
+
+
+def test_a_window_hides_some_of_the_exact_tokens() -> None:
+    provider = Stepping()
+    windows = Windows(sink_tokens=3, recent_tokens=7)
+    query = torch.randn(2, 4, 1, 32)
+    options = {"scaling": 0.2, "window": 5, "seq_starts": torch.tensor([0, 37], dtype=torch.int32)}
+    got = sequences(provider, windows).past().attend(query, **options)  # type: ignore[arg-type]
+    assert provider.seen == [[3, 7]]
+    # Of ten, positions 0 to 2 and 33 to 39; the second sequence begins with the third last.
+    assert provider.shown == [[[*5 * [False], *5 * [True]], [*7 * [False], *3 * [True]]]]
+    several = torch.cat((torch.zeros_like(query), query), 2)
+    expected = sequences(ReferenceProvider(), windows).past().attend(several, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(got.out, expected.out[:, :, 1:])
+    torch.testing.assert_close(got.lse, expected.lse[:, :, 1:])

@@ -6,11 +6,14 @@ Needs a CUDA device, or ``TRITON_INTERPRET=1``; ``test_static.py`` runs it in th
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -135,6 +138,29 @@ def test_compiled_steps(model: Any, options: dict[str, Any]) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["inductor"]["cudagraph_skips"]
     assert {layer.path for layer in static.cache.summary().layers} == {"fused"}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_step_is_few_operators(model: Any, options: dict[str, Any]) -> None:
+    """What is none of a layer's own operators is arithmetic that a compiler fuses; each launch costs microseconds."""
+    _, static = runs(model, options)
+    static.prompt()
+    seen: Counter[str] = Counter()
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            # Those that write in place are arguments of a functional form.
+            operator = str(node.args[0] if "auto_functionalized" in str(node.target) else node.target)
+            if operator.startswith("turboquant"):
+                seen[operator] += 1
+        return make_boxed_func(graph.forward)
+
+    static.step(0, torch.compile(model.forward, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=note)))
+    each = {"turboquant_core.require_before.default": 2, "turboquant_triton.store.default": 1}
+    each |= {"turboquant_triton.attend.default": 1}
+    if options:
+        each |= {"turboquant_triton.add_tokens.default": 1}
+    assert seen == {name: count * model.config.num_hidden_layers for name, count in each.items()}
 
 
 @pytest.mark.gpu

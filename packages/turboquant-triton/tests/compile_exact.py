@@ -18,7 +18,7 @@ RUNS = ("first_keys", "first_values", "last_keys", "last_values")
 FLOATS = ("key", "value", "query", "key_rows", "value_rows", "out", "sinks", *RUNS)
 OTHERS = {
     "slot_mapping": "*i64", "block_table": "*i32", "seq_lens": "*i32", "query_start_loc": "*i32", "center": "*fp32",
-    "lse": "*fp32", "scaling_log2": "fp32", "softcap_log2": "fp32",
+    "lse": "*fp32", "visible": "*u8", "scaling_log2": "fp32", "softcap_log2": "fp32",
 }  # fmt: skip
 
 
@@ -45,8 +45,8 @@ def launches(dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int
         attend = {**pages, **rows, **options}
         yield f"attend {name}", attend_exact_kernel, attend, {"num_warps": 4, "num_stages": 1}
     heads = {"D": dim, "VALUE_DIM": dim, "KV_HEADS": 8, "GROUP": 4, "CHUNKS": 1, "N": 16, "BLOCK": 16}
-    plain = {"WIDE": False, "HAS_CENTER": False, "HAS_SOFTCAP": False, "HAS_SINKS": False}
-    for name, options in (("plain", {}), ("all", {**dict.fromkeys(plain, True)})):
+    plain = {"WIDE": False, "HAS_CENTER": False, "HAS_SOFTCAP": False, "HAS_SINKS": False, "HAS_VISIBLE": False}
+    for name, options in (("plain", {}), ("hidden", {"HAS_VISIBLE": True}), ("all", {**dict.fromkeys(plain, True)})):
         yield f"add {name}", add_tokens_kernel, {**heads, **plain, **options}, {"num_warps": 4, "num_stages": 1}
 
 

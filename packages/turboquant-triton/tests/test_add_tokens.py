@@ -30,12 +30,16 @@ def runs(
     return made
 
 
-def oracle(query: Tensor, both: list[Gathered], softcap: float | None, sinks: Tensor | None) -> Attended:
-    """Attention in float64 arithmetic over the keys of all runs."""
+def oracle(
+    query: Tensor, both: list[Gathered], softcap: float | None, sinks: Tensor | None, visible: Tensor | None = None
+) -> Attended:
+    """Attention in float64 arithmetic over the keys of all runs, or the ``visible`` ones of them."""
     keys, values = (torch.cat(pair, 2).double() for pair in zip(*both, strict=True))
     grouped = query.double().unflatten(1, (keys.shape[1], -1)).squeeze(3)
     scores = SCALING * grouped @ keys.transpose(-1, -2)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     logits = scores
     if sinks is not None:
         column = sinks.double().view(1, keys.shape[1], -1, 1).expand(*scores.shape[:3], 1)
@@ -59,6 +63,7 @@ def on(device: torch.device, x: Tensor | None) -> Tensor | None:
     st.sampled_from([None, 5.0]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_against_float64(
     device: torch.device,
@@ -70,21 +75,30 @@ def test_against_float64(
     softcap: float | None,
     with_sinks: bool,
     with_center: bool,
+    with_hidden: bool,
 ) -> None:
     torch.manual_seed(sum(tokens) + group)
     exact = runs(tokens, batch, 2, head_dims, dtype)
+    visible = torch.rand(batch, sum(tokens)) < 0.5 if with_hidden else None
     (past,) = runs([7], batch, 2, head_dims, dtype)
     query = torch.randn(batch, 2 * group, 1, head_dims[0]).to(dtype)
     sinks = torch.randn(2 * group) if with_sinks else None
     center = torch.randn(2, head_dims[0]) if with_center and softcap is None and not with_sinks else None
     lacking = None if center is None else center[:, None].double()
     shifted = [Gathered(k if lacking is None else k.double() - lacking, v) for k, v in (past, *exact)]
-    expected = oracle(query, shifted, softcap, sinks)
+    shown = None if visible is None else torch.cat((torch.ones(batch, 7, dtype=torch.bool), visible), 1)
+    expected = oracle(query, shifted, softcap, sinks, shown)
+    if visible is not None:
+        # What no query sees may be bytes that nobody wrote.
+        for run, hidden in zip(exact, (~visible).split(tokens, 1), strict=True):
+            for x in run:
+                x.masked_fill_(hidden[:, None, :, None], torch.nan)
     seen = oracle(query, shifted[:1], softcap, None)
     part = Attended(seen.out.to(device, dtype), seen.lse.to(device, torch.float32))
     got = TritonProvider().add_tokens(
         part, query.to(device), [Gathered(*(x.to(device) for x in run)) for run in exact],
         center=on(device, center), scaling=SCALING, softcap=softcap, sinks=on(device, sinks),
+        visible=on(device, visible),
     )  # fmt: skip
     assert got is part
     torch.testing.assert_close(got.out.double().cpu(), expected.out, rtol=0, atol=4 * TOLERANCE[dtype])
@@ -143,7 +157,54 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
     refused("part must be what attend gave", part=Attended(part.out, part.lse.double()))
     refused("softcap is -1", softcap=-1.0)
     refused("sinks are", sinks=torch.zeros(3, device=device))
+    refused(
+        r"visible is torch.bool \(2, 9\); the runs need torch.bool \(2, 10\)", visible=query[:, 0, :, :9].squeeze(1) > 0
+    )
+    refused("visible is torch.int32", visible=torch.ones(2, 10, dtype=torch.int32, device=device))
     assert torch.equal(part.out, before)
+
+
+def test_a_query_that_sees_nothing(device: torch.device) -> None:
+    (exact,) = (Gathered(*(x.to(device) for x in run)) for run in runs([5], 1, 1, (64, 64), torch.float16))
+    query = torch.randn(1, 2, 1, 64, device=device, dtype=torch.float16)
+    part = Attended(torch.full_like(query, torch.nan), torch.full((1, 2, 1), -torch.inf, device=device))
+    visible = torch.zeros(1, 5, dtype=torch.bool, device=device)
+    got = TritonProvider().add_tokens(part, query, [exact], center=None, scaling=SCALING, visible=visible)
+    assert not got.out.any()
+    assert torch.isneginf(got.lse).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_in_one_graph(device: torch.device, backend: str) -> None:
+    torch.compiler.reset()
+    exact = [Gathered(*(x.to(device) for x in run)) for run in runs([4, 16], 2, 2, (64, 64), torch.float16)]
+    visible = torch.rand(2, 20, device=device) < 0.5
+    provider = TritonProvider()
+
+    def step(query: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        part = Attended(out * 1, lse * 1)
+        options = {"center": None, "scaling": SCALING, "visible": visible}
+        return tuple(attend_tokens(provider, part, query * 2, exact, **options))  # type: ignore[arg-type,return-value]
+
+    inputs = (
+        torch.randn(2, 8, 1, 64, device=device, dtype=torch.float16),
+        torch.randn(2, 8, 1, 64, device=device, dtype=torch.float16),
+        torch.randn(2, 8, 1, device=device),
+    )
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    for got, expected in zip(compiled(*inputs), step(*inputs), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_the_operator_is_registered_rightly(device: torch.device) -> None:
+    """torch.library.opcheck: what is written is declared."""
+    exact = [Gathered(*(x.to(device) for x in run)) for run in runs([4, 6], 1, 2, (64, 64), torch.float16)]
+    query = torch.randn(1, 4, 1, 64, device=device, dtype=torch.float16)
+    out, lse = torch.randn_like(query), torch.randn(1, 4, 1, device=device)
+    keys, values = ([run[i] for run in exact] for i in (0, 1))
+    visible = torch.rand(1, 10, device=device) < 0.5
+    arguments = (out, lse, query, keys, values, None, SCALING, 5.0, None, visible, TritonProvider().name)
+    torch.library.opcheck(torch.ops.turboquant_triton.add_tokens, arguments)
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")

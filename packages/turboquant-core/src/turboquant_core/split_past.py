@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,10 +111,23 @@ class SplitPast(ABC):
                 sinks=sinks,
             )
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
-        exact = self._attend_exact(query, starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         if isinstance(self.border, int) and self.border == 0:
-            return exact
-        return merge_attended(self._attend_packed(query, starts, window, scaling=scaling, softcap=softcap), exact)
+            return self._attend_exact(query, starts, window, sinks=sinks, **options)
+        packed = self._attend_packed(query, starts, window, **options)
+        if query.shape[2] > 1:
+            return merge_attended(packed, self._attend_exact(query, starts, window, sinks=sinks, **options))
+        recent, recent_at = self.recent_at()
+        return attend_tokens(
+            self.packed.provider,
+            packed,
+            query,
+            self._runs(recent),
+            center=self.codec.key.center,
+            sinks=sinks,
+            visible=self._visible(recent_at, starts, window, 1).squeeze(1),
+            **options,
+        )
 
     def plain_recent(self, latest_start: int) -> Gathered | None:
         """The recent tokens, if the last query sees all sinks, a packed token after them, and these; None otherwise.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .codec import CacheCodec
-from .device_checks import require
+from .device_checks import require_before
 from .layout import PageLayout
 from .packed_sequences import MemoryFigures, PackedPast, check_appended, token_major
 from .provider import Gathered, KernelProvider
@@ -23,12 +23,6 @@ from .slots import slots_at
 from .split_past import SplitPast
 from .windows import Windows
 
-_LIBRARY = torch.library.Library("turboquant_core", "DEF")
-_LIBRARY.define(
-    "next_slots(Tensor filled, Tensor block_table, int tokens, int page_size, int capacity) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
 
 def _next_slots(filled: Tensor, block_table: Tensor, tokens: int, page_size: int, capacity: int) -> Tensor:
     """Slots int64 ``[batch * tokens]`` of the coming tokens of every sequence; the last ``tokens`` positions.
@@ -36,21 +30,15 @@ def _next_slots(filled: Tensor, block_table: Tensor, tokens: int, page_size: int
     Raises:
         ValueError: they do not fit; see :func:`turboquant_core.device_checks.require`.
     """
-    require(
+    position = filled + torch.arange(tokens, device=filled.device)
+    # What does not fit is looked up before it is refused.
+    slots = slots_at(block_table, position.clamp(max=capacity - 1), page_size).flatten()
+    require_before(
+        slots,
         filled + tokens <= capacity,
         f"the static cache has room for {capacity} tokens, which {tokens} more exceed: make it with more room",
     )
-    position = filled + torch.arange(tokens, device=filled.device)
-    return slots_at(block_table, position, page_size).flatten()
-
-
-def _next_slots_fake(filled: Tensor, block_table: Tensor, tokens: int, page_size: int, capacity: int) -> Tensor:
-    return block_table.new_empty(block_table.shape[0] * tokens, dtype=torch.int64)
-
-
-# An operator, because a compiler drops assertions that nothing depends on.
-_LIBRARY.impl("next_slots", _next_slots, "CompositeExplicitAutograd")
-torch.library.register_fake("turboquant_core::next_slots", _next_slots_fake, lib=_LIBRARY)
+    return slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +182,7 @@ class StaticSequences:
 
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         layout, tokens = self.layout, keys.shape[2]
-        slots = torch.ops.turboquant_core.next_slots(
-            self.filled, self.block_table, tokens, layout.page_size, self.capacity
-        )
+        slots = _next_slots(self.filled, self.block_table, tokens, layout.page_size, self.capacity)
         # Of more tokens than there is room for, the earlier ones would be written over by the later.
         kept = min(tokens, self.held * layout.page_size)
         slots = slots.view(self.batch, tokens)[:, tokens - kept :].flatten()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from .dense import attend_dense
 from .dense_step import add_tokens
+from .merge import merge_attended
 from .provider import Attended, Gathered, KernelProvider
 
 
@@ -27,8 +28,9 @@ class TokenStepProvider(Protocol):
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Attended:
-        """Add to ``part``, in place, attention over one or two runs of tokens of which every query sees all.
+        """Add to ``part``, in place, attention over one or two runs of exact tokens.
 
         Args:
             part: of the same queries, contiguous, from :meth:`KernelProvider.attend`: ``out`` ``[batch, q_heads, 1,
@@ -40,20 +42,16 @@ class TokenStepProvider(Protocol):
             scaling: multiplier of ``Q K^T``.
             softcap: ``c`` in ``c * tanh(score / c)``; None for none.
             sinks: float ``[q_heads]``, logits that only enlarge the softmax denominator; ``part`` has none.
+            visible: bool ``[batch, tokens of all runs]``, which of them a query sees; None for all. What no query sees
+                may be NaN.
 
         Returns:
-            ``part``.
+            ``part``; where neither it nor ``visible`` shows a token, out 0 and lse ``-inf`` (or the sink).
 
         Raises:
             ValueError: shapes, dtypes or devices do not fit one another.
         """
         ...
-
-
-@cache
-def _has_step(kind: type) -> bool:
-    # isinstance() asks each time, at a few microseconds a layer.
-    return issubclass(kind, TokenStepProvider)
 
 
 def attend_tokens(
@@ -66,13 +64,21 @@ def attend_tokens(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Attended:
     """:meth:`TokenStepProvider.add_tokens` of ``provider``, in PyTorch where it has none; ``part`` is given up."""
-    if _has_step(type(provider)) and not torch.compiler.is_compiling():
-        step: TokenStepProvider = provider  # type: ignore[assignment]
-        return step.add_tokens(part, query, exact, center=center, scaling=scaling, softcap=softcap, sinks=sinks)
+    # isinstance() of a protocol takes a few microseconds a layer.
+    step = getattr(provider, "add_tokens", None)
+    if step is not None:
+        added: Attended = step(
+            part, query, exact, center=center, scaling=scaling, softcap=softcap, sinks=sinks, visible=visible
+        )
+        return added
     keys, values = joined(exact, center)
-    return add_tokens(part, query, keys, values, scaling=scaling, softcap=softcap, sinks=sinks)
+    if visible is None:
+        return add_tokens(part, query, keys, values, scaling=scaling, softcap=softcap, sinks=sinks)
+    out, lse = attend_dense(query, keys, values, visible.unsqueeze(1), scaling=scaling, softcap=softcap, sinks=sinks)
+    return merge_attended(part, Attended(out.to(part.out.dtype), lse))
 
 
 def joined(exact: Sequence[Gathered], center: Tensor | None) -> Gathered:

@@ -5,49 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turboquant_core.device_checks import require
+from turboquant_core.device_checks import require_before
 
 from .handle import StepPast
-from .visibility import Visibility, as_bool, is_bias, pattern, read_mask
-
-_LIBRARY = torch.library.Library("turboquant_hf", "DEF")
-_LIBRARY.define(
-    "visible_starts(Tensor mask, Tensor end, int batch, int? window) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-
-
-def _visible_starts(mask: Tensor, end: Tensor, batch: int, window: int | None) -> Tensor:
-    """First visible key int32 ``[batch]`` of each sequence.
-
-    Args:
-        mask: ``[batch or 1, 1, queries, length]``, bool or additive.
-        end: int64 scalar, keys that there are.
-        batch: sequences.
-        window: keys that a query sees; None for all.
-
-    Raises:
-        ValueError: the mask is anything but causal with left padding; see
-            :func:`turboquant_core.device_checks.require`.
-    """
-    queries, length = mask.shape[2:]
-    visible = as_bool(mask)[:, 0].expand(batch, queries, length)
-    starts = visible[:, -1 if window is None else 0].int().argmax(-1).int()
-    is_causal = (visible == pattern(starts, queries, length, True, window, end)).all()
-    require(
-        is_causal if mask.dtype == torch.bool else is_causal & ~is_bias(mask),
-        "a compiled step over a packed cache needs a mask that is causal with left padding; this one is not, or the "
-        "cache holds other tokens than it shows: run the model uncompiled, where such a mask is decoded",
-    )
-    return starts
-
-
-def _visible_starts_fake(mask: Tensor, end: Tensor, batch: int, window: int | None) -> Tensor:
-    return mask.new_empty(batch, dtype=torch.int32)
-
-
-# An operator, because a compiler drops assertions that nothing depends on.
-_LIBRARY.impl("visible_starts", _visible_starts, "CompositeExplicitAutograd")
-torch.library.register_fake("turboquant_hf::visible_starts", _visible_starts_fake, lib=_LIBRARY)
+from .visibility import Visibility, as_bool, is_bias, read_mask
 
 
 def must_not_wait(device: torch.device) -> bool:
@@ -85,6 +46,54 @@ def visibility_on_device(
         return f"mask that is not [batch, heads, q_len, {length}]"
     if mask.shape[1] != 1:
         return "mask that differs between heads"
-    starts = torch.ops.turboquant_hf.visible_starts(mask, end, batch, window)
     # One row for several queries: all of them see what the last one does.
-    return Visibility(causal=mask.shape[2] == q_len, seq_starts=starts, window=window)
+    return Visibility(
+        causal=mask.shape[2] == q_len, seq_starts=_visible_starts(mask, end, batch, window), window=window
+    )
+
+
+def _visible_starts(mask: Tensor, end: Tensor, batch: int, window: int | None) -> Tensor:
+    """First visible key int32 ``[batch]`` of each sequence.
+
+    Args:
+        mask: ``[batch or 1, 1, queries, length]``, bool or additive.
+        end: int64 scalar, keys that there are.
+        batch: sequences.
+        window: keys that a query sees; None for all.
+
+    Raises:
+        ValueError: the mask is anything but causal with left padding; see
+            :func:`turboquant_core.device_checks.require`.
+    """
+    queries = mask.shape[2]
+    first, last, count = _visible_range(as_bool(mask)[:, 0])
+    # The last query sees everything but the padding; under a window, the first one sees furthest back.
+    row = -1 if window is None else 0
+    starts = first[:, row]
+    latest = end - queries + torch.arange(queries, device=mask.device)
+    earliest = starts.unsqueeze(1)
+    if window is not None:
+        earliest = torch.maximum(earliest, latest - window + 1)
+    expected = (latest - earliest + 1).clamp(min=0)
+    is_range = (count == expected) & ((count == 0) | ((first == earliest) & (last == latest)))
+    is_causal = (is_range & (count[:, row] > 0).unsqueeze(1)).all()
+    shown = starts.int().expand(batch).contiguous()
+    require_before(
+        shown,
+        is_causal if mask.dtype == torch.bool else is_causal & ~is_bias(mask),
+        "a compiled step over a packed cache needs a mask that is causal with left padding; this one is not, or the "
+        "cache holds other tokens than it shows: run the model uncompiled, where such a mask is decoded",
+    )
+    return shown
+
+
+def _visible_range(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last visible key, and how many there are, int64 ``[batch, queries]`` of ``[batch, queries, length]``.
+
+    They say whether the keys are a range, and do not depend on a layer: a compiler finds all three in one pass.
+    """
+    length = visible.shape[-1]
+    key = torch.arange(length, device=visible.device)
+    first = torch.where(visible, key, length).amin(-1)
+    last = torch.where(visible, key, -1).amax(-1)
+    return first, last, visible.sum(-1)

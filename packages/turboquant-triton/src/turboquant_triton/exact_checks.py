@@ -74,6 +74,7 @@ def check_add_tokens(
     center: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
+    visible: Tensor | None,
 ) -> None:
     """Raise ``ValueError`` for arguments of ``add_tokens`` that do not fit one another."""
     if not 1 <= len(exact) <= 2:
@@ -99,5 +100,12 @@ def check_add_tokens(
             f"{(batch, heads, 1, value_dim)} and {(batch, heads, 1)}"
         )
     _check_part(part, "part")
+    tokens = sum(run.keys.shape[2] for run in exact)
+    if visible is not None and (visible.dtype != torch.bool or visible.shape != (batch, tokens)):
+        raise ValueError(
+            f"visible is {visible.dtype} {tuple(visible.shape)}; the runs need torch.bool {(batch, tokens)}"
+        )
     check_score_options(heads, None, softcap, sinks)
-    check_device(query.device, "the query", center=center, sinks=sinks, out=part.out, exact=exact[0].keys)
+    check_device(
+        query.device, "the query", center=center, sinks=sinks, visible=visible, out=part.out, exact=exact[0].keys
+    )

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
-from turboquant_core import KernelProvider
-from turboquant_core.operators import Operators
+from typing import Any
 
-PROVIDERS: dict[str, KernelProvider] = {}
+from turboquant_core.operators import Operators
+from turboquant_core.token_step_operator import TokenStepOperator
+
+PROVIDERS: dict[str, Any] = {}
 """Who computes: every :class:`TritonProvider` by its variant."""
 
 OPERATORS = Operators("turboquant_triton", PROVIDERS)
+TOKEN_STEP = TokenStepOperator("turboquant_triton", PROVIDERS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from turboquant_core import Attended, CacheCodec, Codec, Gathered, KernelRequest, Packed, PageLayout, VectorLayout
 
 from .checks import check_rounding
-from .operators import OPERATORS, PROVIDERS
+from .operators import OPERATORS, PROVIDERS, TOKEN_STEP
 from .support import permute_supported, unsupported_reason
 
 
@@ -22,8 +22,8 @@ class TritonProvider:
     cores, for the format's own codebooks (``int8`` keys, ``cubic`` or 16-bit values); elsewhere plain Triton. The first
     quantizes each rotated query to int8 (relative error below 1 % of a score's standard deviation).
 
-    All six are custom operators under ``torch.compile``: no graph break, ``fullgraph=True`` works, and ``pages``,
-    ``out`` and ``workspace`` are written in place.
+    All six, and ``add_tokens``, are custom operators under ``torch.compile``: no graph break, ``fullgraph=True`` works,
+    and ``pages``, ``out`` and ``workspace`` are written in place.
 
     Args:
         portable: never take the byte-permute form.
@@ -254,8 +254,18 @@ class TritonProvider:
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Attended:
         """See :meth:`turboquant_core.token_step.TokenStepProvider.add_tokens`; one launch, safe in a CUDA graph."""
+        options: dict[str, Any] = {
+            "center": center,
+            "scaling": scaling,
+            "softcap": softcap,
+            "sinks": sinks,
+            "visible": visible,
+        }
+        if torch.compiler.is_compiling():
+            return TOKEN_STEP.add_tokens(self._variant, part, query, exact, **options)
         from .kernels.add_tokens import add_tokens
 
-        return add_tokens(part, query, exact, center=center, scaling=scaling, softcap=softcap, sinks=sinks)
+        return add_tokens(part, query, exact, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,25 +22,30 @@ _BLOCK = 16
 
 @triton.jit
 def add_run(
-    q, offset, keys, values, tokens, key_token_stride, value_token_stride,
+    q, offset, keys, values, visible, tokens, key_token_stride, value_token_stride,
     maximum, total, output, scaling_log2, softcap_log2,
-    D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`add_block` of all ``tokens`` of one sequence and KV head, at ``keys`` and ``values``."""
+    """:func:`add_block` of those of ``tokens`` that are ``visible``, of one sequence and KV head."""
     d = tl.arange(0, triton.next_power_of_2(D))
     value_d = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
     for base in range(0, tokens, BLOCK):
         index = base + tl.arange(0, BLOCK)
-        seen = (index < tokens)[:, None]
-        key = tl.load((keys + index * key_token_stride)[:, None] + d[None, :], mask=seen & (d < D)[None, :], other=0.0)
+        seen = index < tokens
+        if HAS_VISIBLE:
+            seen = seen & (tl.load(visible + index, mask=seen, other=0) != 0)
+        key = tl.load(
+            (keys + index * key_token_stride)[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0
+        )
         value = tl.load(
             (values + index * value_token_stride)[:, None] + value_d[None, :],
-            mask=seen & (value_d < VALUE_DIM)[None, :],
+            mask=seen[:, None] & (value_d < VALUE_DIM)[None, :],
             other=0.0,
         )
-        visible = tl.broadcast_to((index < tokens)[None, :], (q.shape[0], BLOCK))
+        shown = tl.broadcast_to(seen[None, :], (q.shape[0], BLOCK))
         maximum, total, output = add_block(
-            q, offset, key.to(q.dtype), value, visible, maximum, total, output, scaling_log2, softcap_log2, HAS_SOFTCAP
+            q, offset, key.to(q.dtype), value, shown, maximum, total, output, scaling_log2, softcap_log2, HAS_SOFTCAP
         )
     return maximum, total, output
 
@@ -53,6 +59,7 @@ def add_tokens_kernel(
     last_values,
     center,  # float32 [KV_HEADS, D]
     sinks,  # [KV_HEADS * GROUP]
+    visible,  # uint8 [batch, first_tokens + last_tokens]
     out,  # [batch, KV_HEADS * GROUP, VALUE_DIM]
     lse,  # float32 [batch, KV_HEADS * GROUP]
     first_tokens,
@@ -84,6 +91,7 @@ def add_tokens_kernel(
     HAS_CENTER: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
 ):
     kv_head = (tl.program_id(0) // CHUNKS) % KV_HEADS
     row = (tl.program_id(0) // (CHUNKS * KV_HEADS)).to(tl.int64)
@@ -111,17 +119,18 @@ def add_tokens_kernel(
         total = total * decay + tl.exp2(sink - maximum_now)
         output = output * decay[:, None]
         maximum = maximum_now
+    shown = visible + row * (first_tokens + last_tokens)
     maximum, total, output = add_run(
         q, offset, first_keys + row * first_key_batch_stride + kv_head * first_key_head_stride,
         first_values + row * first_value_batch_stride + kv_head * first_value_head_stride,
-        first_tokens, first_key_token_stride, first_value_token_stride,
-        maximum, total, output, scaling_log2, softcap_log2, D, VALUE_DIM, BLOCK, HAS_SOFTCAP,
+        shown, first_tokens, first_key_token_stride, first_value_token_stride,
+        maximum, total, output, scaling_log2, softcap_log2, D, VALUE_DIM, BLOCK, HAS_SOFTCAP, HAS_VISIBLE,
     )  # fmt: skip
     maximum, total, output = add_run(
         q, offset, last_keys + row * last_key_batch_stride + kv_head * last_key_head_stride,
         last_values + row * last_value_batch_stride + kv_head * last_value_head_stride,
-        last_tokens, last_key_token_stride, last_value_token_stride,
-        maximum, total, output, scaling_log2, softcap_log2, D, VALUE_DIM, BLOCK, HAS_SOFTCAP,
+        shown + first_tokens, last_tokens, last_key_token_stride, last_value_token_stride,
+        maximum, total, output, scaling_log2, softcap_log2, D, VALUE_DIM, BLOCK, HAS_SOFTCAP, HAS_VISIBLE,
     )  # fmt: skip
     give_part(lse, place, at, real, mask, maximum, total, output)
 
@@ -135,13 +144,14 @@ def add_tokens(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    visible: Tensor | None,
 ) -> Attended:
     """:meth:`turboquant_core.token_step.TokenStepProvider.add_tokens` in one launch.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    check_add_tokens(part, query, exact, center, softcap, sinks)
+    check_add_tokens(part, query, exact, center, softcap, sinks, visible)
     exact = [Gathered(*(x if x.stride(-1) == 1 else x.contiguous() for x in run)) for run in exact]
     (first, last), first_tokens = (exact, exact[0].keys.shape[2]) if len(exact) == 2 else (2 * exact, 0)
     batch, kv_heads, tokens, head_dim = last.keys.shape
@@ -156,6 +166,7 @@ def add_tokens(
         *last,
         part.lse if center is None else center,
         part.lse if sinks is None else sinks,
+        part.lse if visible is None else visible.contiguous().view(torch.uint8),
         part.out,
         part.lse,
         first_tokens,
@@ -176,6 +187,7 @@ def add_tokens(
         HAS_CENTER=center is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
+        HAS_VISIBLE=visible is not None,
         num_warps=4,
         num_stages=1,
     )
