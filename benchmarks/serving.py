@@ -7,9 +7,9 @@
     python benchmarks/serving.py --quick             # a CPU: the small model, two short workloads, seconds of traffic
 
 Each contender runs in a process of its own, which is ended after ``--seconds`` or when ``--minutes`` are over; what it
-found by then stays. Time per token is taken while every request of a workload decodes; prefill
-is the time until the last of them has its first token. No prefix is cached. A workload that does not fit into the cache
-is skipped.
+found by then stays. Time per token is taken while every request of a workload decodes; prefill is the time until the
+last of them has its first token. Of short prompts both are medians of five rounds. No prefix is cached. A workload that
+does not fit into the cache is skipped.
 
 Results are written after each workload, beside those of other contenders that the file already holds; it is refused
 when these are of another device or other versions. What engines print goes to $OUT/serving-NAME.log, or to a temporary
