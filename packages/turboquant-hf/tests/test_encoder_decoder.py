@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from turboquant_hf import TurboQuantCache, patch_model
+from turboquant_core import TurboQuantError
+from turboquant_hf import TurboQuantCache, attention, check_model_compatibility, patch_model
 from turboquant_hf.compat import CACHE_ARGUMENT, RESET_KEEPS_LENGTH
 
 from .conftest import VOCABULARY
@@ -54,3 +55,38 @@ def test_as_the_stock_cache(name: str, operation: str, windows: dict[str, int]) 
             got, expected = (step(model, encoded, cache, tokens) for cache in caches)
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+@pytest.mark.parametrize("room", [None, 64], ids=["growing", "static"])
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_patch_model_verifies_the_decoder(name: str, room: int | None) -> None:
+    model, inputs = seq2seq(name)
+    cache = patch_model(model, max_cache_len=room, sink_tokens=2, recent_tokens=4)
+    assert cache.verification is not None
+    assert cache.verification.error <= cache.verification.tolerance
+    assert len(cache.verification.layers) == len(cache.layers)
+    out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert getattr(out, "sequences", out).shape[1] >= 8
+    assert {layer.path for layer in cache.summary().layers} == {"decoded" if name == "t5" else "fused"}
+
+
+def test_a_wrong_mask_of_the_decoder_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = seq2seq("bart")
+
+    def shifted(*arguments: Any, **options: Any) -> torch.Tensor:
+        return fused_attention(*arguments, **options).roll(1, 0)
+
+    fused_attention = attention.fused_attention
+    monkeypatch.setattr(attention, "fused_attention", shifted)
+    with pytest.raises(TurboQuantError, match="gives other logits over packed pages"):
+        patch_model(model)
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_its_layers_are_reported(name: str) -> None:
+    model, _ = seq2seq(name)
+    report = check_model_compatibility(model)
+    assert report["eligible_layers"] == model.config.get_text_config(decoder=True).num_hidden_layers == 2
+    # T5 adds a bias by distance to every score.
+    assert report["compatible"] == (name != "t5")

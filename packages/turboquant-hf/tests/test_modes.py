@@ -194,15 +194,6 @@ def test_self_attention_of_encoder_decoders(name: str, beams: int) -> None:
     assert packed.memory().compression_ratio > 4
 
 
-def test_an_encoder_decoder_is_not_verified_but_told_how() -> None:
-    model, _ = seq2seq("bart")
-    with pytest.raises(
-        ValueError, match=r"use patch_model\(model, verify=False\) and generate with EncoderDecoderCache"
-    ):
-        patch_model(model)
-    assert "prepare_inputs_for_generation" not in vars(model)
-
-
 def test_multimodal() -> None:
     """An image goes through the untouched vision tower into the prompt."""
     vision = CLIPVisionConfig(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from turboquant_core import TurboQuantError
 
-from .compat import CACHE_ARGUMENT, Cache, PreTrainedModel
+from .compat import Cache, PreTrainedModel
+from .decoder_call import decoder_call
 
 PROMPT_TOKENS = 24
 DECODE_STEPS = 4
@@ -17,12 +16,13 @@ CHUNK_TOKENS = 3
 WIDTHS = (PROMPT_TOKENS, *[1] * DECODE_STEPS, CHUNK_TOKENS)
 ALL_TOKENS = sum(WIDTHS)
 PADDING = 5
+SEQUENCES = 2
 
 
 def _steps(vocabulary: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """(ids, mask so far) of a left-padded prompt, single tokens, and one step of several tokens."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (2, ALL_TOKENS), generator=generator).to(device)
+    ids = torch.randint(0, vocabulary, (SEQUENCES, ALL_TOKENS), generator=generator).to(device)
     mask = torch.ones_like(ids)
     mask[1, :PADDING] = 0
     stops = torch.tensor(WIDTHS).cumsum(0).tolist()
@@ -31,32 +31,23 @@ def _steps(vocabulary: int, device: torch.device) -> list[tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def run_steps(model: PreTrainedModel, cache: Cache) -> Tensor:
-    """Run a left-padded prompt, single tokens and a step of several over ``cache``.
+    """Run a left-padded prompt, single tokens and a step of several over ``cache``; of an encoder-decoder, the decoder.
 
     Returns:
         Logits float32 ``[2, tokens after the prompt, vocabulary]``.
 
     Raises:
-        ValueError: the model is an encoder-decoder.
         TurboQuantError: the model fails.
     """
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, which cannot be run with decoder tokens alone: use "
-            "patch_model(model, verify=False) and generate with EncoderDecoderCache(cache, DynamicCache())"
-        )
     # Weights that are offloaded have no place; what brings them back takes its inputs along.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     training = model.training
     model.eval()
     rows = []
     try:
+        call = decoder_call(model, cache, SEQUENCES, device)
         for ids, mask in _steps(model.config.get_text_config(decoder=True).vocab_size, device):
-            # Positions count from the first real token.
-            position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            arguments: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}
-            out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, **arguments)
-            rows.append(out.logits)
+            rows.append(call(ids, mask).logits)
     except (TurboQuantError, ValueError):
         raise
     # Whatever a model's own code raises.

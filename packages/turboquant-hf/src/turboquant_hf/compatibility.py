@@ -78,7 +78,7 @@ def check_model_compatibility(model: PreTrainedModel, **options: Any) -> Compati
     """Patch ``model``, run a short left-padded batch, report each layer, and leave the model as it was.
 
     Args:
-        model: a decoder, patched or not.
+        model: a decoder or an encoder-decoder, patched or not.
         options: of :class:`TurboQuantCache`: ``bits``, ``compress_v`` and so on.
 
     Raises:

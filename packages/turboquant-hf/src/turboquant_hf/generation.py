@@ -50,7 +50,7 @@ def watch_generate() -> None:
     mixin.generate = generate
 
 
-def for_model(model: Any, cache: PackedCache) -> Any:
+def for_model(model: Any, cache: Any) -> Any:
     """``cache``, or with one for cross-attention where the model needs two: it would put both into the one."""
     return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
 

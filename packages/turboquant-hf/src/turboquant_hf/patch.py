@@ -80,7 +80,7 @@ def patch_model(
     ``eager``). A model that cannot be switched stays untouched; its ``scaled_dot_product_attention`` is intercepted.
 
     Args:
-        model: a decoder.
+        model: a decoder or an encoder-decoder.
         bits: see :class:`TurboQuantCache`; or a :class:`turboquant_core.preset.Preset`, or the path of one's
             file, which ``turboquant doctor`` writes; or ``"auto"``, which has the doctor measure this model first
             (about twenty passes over 512 tokens more than it has layers).
@@ -164,7 +164,7 @@ def turboquant(
     static cache (:class:`TurboQuantStaticCache`) as long as the call may need.
 
     Args:
-        model: a decoder.
+        model: a decoder or an encoder-decoder.
         bits: see :func:`patch_model`.
         max_cache_len: every cache is static, with room for so many tokens.
         calibration: see :func:`patch_model`.

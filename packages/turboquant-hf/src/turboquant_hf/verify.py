@@ -115,7 +115,7 @@ def verify_model(model: PreTrainedModel, make_cache: Callable[[], TurboQuantCach
         make_cache: gives an empty packed cache.
 
     Raises:
-        ValueError: ``model`` is no loaded model, or an encoder-decoder.
+        ValueError: ``model`` is no loaded model.
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors, or the model fails.
     """
     model = check_model(model)
@@ -138,7 +138,6 @@ def verify_static(
         make_cache: gives an empty growing cache with the same options.
 
     Raises:
-        ValueError: the model is an encoder-decoder.
         TurboQuantError: logits over packed pages differ from those over the same decoded vectors, or the model fails
             over a static cache.
     """
