@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import MistralConfig
 
 from turboquant_hf import CacheFileError, TurboQuantCache, patch_model
+from turboquant_hf.cache_file import DIGEST, digest
 from turboquant_hf.compat import CACHE_ARGUMENT
 from turboquant_hf.verify import decoded_twin
 
@@ -157,9 +158,24 @@ def test_a_header_that_lies(llama: Any, prompt: torch.Tensor, tmp_path: Path, ch
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header = json.loads(metadata["header"])
     CHANGES[change](header, tensors, metadata)
+    header[DIGEST] = digest(tensors)
     save_file(tensors, path, metadata={**metadata, "header": json.dumps(header)})
     cache = TurboQuantCache(llama.config, 3)
     with pytest.raises(CacheFileError, match=r"header says|format version 2|layout_version 9|the 2 layers"):
+        cache.load(path)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", ["1.pages", "0.recent_keys", "0.sink_starts", "1.sink_values"])
+def test_one_changed_bit(llama: Any, prompt: torch.Tensor, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "cache"
+    held(llama, prompt, sink_tokens=2, recent_tokens=4).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors[name].view(torch.uint8).view(-1)[5] ^= 1
+    save_file(tensors, path, metadata=metadata)
+    cache = TurboQuantCache(llama.config, 3, sink_tokens=2, recent_tokens=4)
+    with pytest.raises(CacheFileError, match="holds other bytes than were saved"):
         cache.load(path)
     assert cache.get_seq_length() == 0
 

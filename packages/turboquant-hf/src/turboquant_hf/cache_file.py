@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +18,7 @@ from turboquant_core import TurboQuantError
 
 FORMAT = "turboquant-cache"
 FORMAT_VERSION = 1
+DIGEST = "sha256"
 
 
 class CacheFileError(TurboQuantError, ValueError):
@@ -30,8 +33,19 @@ def check_target(path: Path) -> None:
         raise FileNotFoundError(f"there is no folder {path.parent}, and nothing was saved: create it, or name another")
 
 
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of contiguous tensors of the CPU, in the order of their names."""
+    sums = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sums.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            sums.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sums.hexdigest()
+
+
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write a file, which appears whole or not at all."""
+    """Write a file, which appears whole or not at all; its header has the digest of the tensors besides."""
+    header = {**header, DIGEST: digest(tensors)}
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "header": json.dumps(header)}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from turboquant_core import LAYOUT_VERSION
 
-from .cache_file import CacheFileError, check_target, read, write
+from .cache_file import DIGEST, CacheFileError, check_target, digest, read, write
 from .layer import Held, TurboQuantLayer
 from .packed_layer import LayerShape
 from .sliding_layer import TurboQuantSlidingLayer
@@ -118,6 +118,10 @@ def load_layers(
     packed = _packed_layers(layers)
     found, tensors = read(Path(path))
     _check_header(Path(path), found, header, packed)
+    if digest(tensors) != found.get(DIGEST):
+        raise CacheFileError(
+            f"{path} holds other bytes than were saved (SHA-256 {found.get(DIGEST)}): copy it again, or save it again"
+        )
     try:
         for index, (layer, saved) in enumerate(zip(packed, found["layers"], strict=True)):
             if "shape" in saved:
