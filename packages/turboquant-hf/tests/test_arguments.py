@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ def test_an_option_that_does_not_exist(
         known = known.replace(".*calibration, verify", "verify, calibration")
     with pytest.raises(TypeError, match=f"no option 'recent_token': did you mean 'recent_tokens'. {known}"):
         function(llama, "auto", recent_token=4)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_offloading_without_a_device(llama: Any) -> None:
+    for make in (lambda **options: TurboQuantCache(llama.config, **options), partial(patch_model, llama)):
+        with pytest.raises(ValueError, match=r"offloading keeps layers .* and there is none"):
+            make(offloading=True)
     assert llama.config._attn_implementation == "sdpa"
 
 

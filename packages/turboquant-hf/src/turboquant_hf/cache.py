@@ -67,7 +67,8 @@ class TurboQuantCache(PackedCache, DynamicCache):
         offload_only_non_sliding: leave sliding-window layers where they are.
 
     Raises:
-        ValueError: ``config`` is none, an option is out of range, or the model has no layer that can be packed.
+        ValueError: ``config`` is none, an option is out of range, the model has no layer that can be packed, or there
+            is no CUDA device to offload from.
         TypeError: there is no such option.
     """
 
@@ -92,6 +93,8 @@ class TurboQuantCache(PackedCache, DynamicCache):
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> None:
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("offloading keeps layers on the CPU beside a CUDA device, and there is none: leave it out")
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         windows = windows_of(sink_tokens, recent_tokens, start_after)
         options = CacheOptions(

@@ -27,7 +27,9 @@ cache fails or gives something else than its growing one.
 {counts}
 
 The path is that of the patched model's layers, with their number in the small model; [what the paths
-mean](hf.md#before-and-after). `uncompressed` layers stay as Transformers makes them.
+mean](hf.md). `uncompressed` layers stay as Transformers makes them. Mistral is built without its sliding window, and
+static caches pack theirs (`compress_sliding=True`): a model whose layers are all sliding windows has nothing to pack
+without that option, and says so.
 """
 
 DECODED = """
