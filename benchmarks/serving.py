@@ -163,7 +163,7 @@ def child(
         keep(found)
     if process.returncode:
         reason = f"ended after {seconds:.0f} s" if late.is_set() else f"exit status {process.returncode}"
-        found["error"] = f"{reason}; the log ends with\n{log.read_text(encoding='utf-8')[-3000:]}"
+        found["error"] = f"{reason}\nThe log ends with\n{log.read_text(encoding='utf-8')[-3000:]}"
         keep(found)
         print(f"{name}: {time.monotonic() - began:.0f} s: failed, {reason}", flush=True)
     return found

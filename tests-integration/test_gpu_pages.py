@@ -173,10 +173,10 @@ def test_a_workload_that_bf16_has_no_room_for_is_not_measured_and_says_why() -> 
 
 
 def test_an_engine_that_failed_or_is_of_another_commit_is_named() -> None:
-    failed = {**engine(375, a=(1.0, 9.0)), "error": "ended after 9 s; the log ends with\nsecret", "commit": "def5678"}
+    failed = {**engine(375, a=(1.0, 9.0)), "error": "ended after 9 s\nThe log ends with\nsecret", "commit": "def5678"}
     results = {"bf16": engine(100, a=(1.0, 10.0)), "turboquant-4bit": failed}
     shown = gpu_pages.serving([{"commit": "abc1234", "results": results}])
-    assert "- turboquant-4bit: commit def5678\n- turboquant-4bit: ended after 9 s; the log ends with" in shown
+    assert "- turboquant-4bit: commit def5678\n- turboquant-4bit: ended after 9 s" in shown
     assert "secret" not in shown
 
 
