@@ -94,40 +94,23 @@ class SplitPast(ABC):
         self.packed.check_query(query, self.length)
         if not self.sinks.count and not self.recent_tokens:
             return self._attend_pages(query, seq_starts, window, scaling=scaling, softcap=softcap, sinks=sinks)
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         latest_start = 0 if seq_starts is None else latest_start
         is_plain = window is None and query.shape[2] == 1 and latest_start is not None
         recent = self.plain_recent(latest_start or 0) if is_plain else None
         if recent is not None:
             starts = self.sinks.stop if self.sinks.count else seq_starts
-            packed = self.packed.attend(query, seq_starts=starts, scaling=scaling, softcap=softcap)
-            return attend_tokens(
-                self.packed.provider,
-                packed,
-                query,
-                self._runs(recent),
-                center=self.codec.key.center,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=sinks,
-            )
+            packed = self.packed.attend(query, seq_starts=starts, **options)
+            return self._add_exact(packed, query, recent, None, sinks=sinks, **options)
         starts = torch.zeros_like(self.sinks.starts) if seq_starts is None else seq_starts.to(self.sinks.starts)
-        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         if isinstance(self.border, int) and self.border == 0:
             return self._attend_exact(query, starts, window, sinks=sinks, **options)
         packed = self._attend_packed(query, starts, window, **options)
         if query.shape[2] > 1:
             return merge_attended(packed, self._attend_exact(query, starts, window, sinks=sinks, **options))
         recent, recent_at = self.recent_at()
-        return attend_tokens(
-            self.packed.provider,
-            packed,
-            query,
-            self._runs(recent),
-            center=self.codec.key.center,
-            sinks=sinks,
-            visible=self._visible(recent_at, starts, window, 1).squeeze(1),
-            **options,
-        )
+        visible = self._visible(recent_at, starts, window, 1).squeeze(1)
+        return self._add_exact(packed, query, recent, visible, sinks=sinks, **options)
 
     def plain_recent(self, latest_start: int) -> Gathered | None:
         """The recent tokens, if the last query sees all sinks, a packed token after them, and these; None otherwise.
@@ -140,6 +123,13 @@ class SplitPast(ABC):
     def query_positions(self, q_len: int) -> Tensor:
         """Positions int64 ``[q_len]`` of queries that stand at the end."""
         return self.end - q_len + torch.arange(q_len, device=self.device)
+
+    def _add_exact(
+        self, packed: Attended, query: Tensor, recent: Gathered, visible: Tensor | None, **options: Any
+    ) -> Attended:
+        """``packed`` attention of one query token with the exact tokens that ``visible`` shows; None for all."""
+        provider, center = self.packed.provider, self.codec.key.center
+        return attend_tokens(provider, packed, query, self._runs(recent), center=center, visible=visible, **options)
 
     def _attend_exact(
         self,
