@@ -145,7 +145,7 @@ def ask(name: str, model: Path, out: Path, seconds: float) -> list[Texts]:
                 raise NotHereError("vLLM has no sleep mode on this platform")
             return found
     reason = f"no answer after {seconds:.0f} s" if late.is_set() else f"exit status {process.returncode}"
-    raise RuntimeError(f"{reason}; the log ends with\n{text[-3000:]}")
+    raise RuntimeError(f"{reason}\nThe log ends with\n{text[-3000:]}")
 
 
 def leads(expected: Texts, got: Texts) -> list[float]:
